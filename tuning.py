@@ -1,0 +1,296 @@
+"""What both training scripts share: the methods, the loop, checkpoints, the merge check, the table.
+
+A method is what it trains: `adapt` prepares a model for it, `fold` makes plain layers of it again.
+`fit` is the one training loop; an epoch that has ended is on disk and can be resumed from.
+"""
+
+import argparse
+import json
+import math
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import san
+
+METHODS = ("linear", "full", "lora", "ssf", "san")
+# [us] found on sprites' validation pictures, see results/sprites.md; the search's grid, low to high
+LEARNING_RATES = {
+    "linear": (1e-3, 3e-3, 1e-2),
+    "full": (1e-4, 3e-4, 1e-3),
+    "lora": (1e-3, 3e-3, 1e-2),
+    "ssf": (2.5e-3, 5e-3, 1e-2),
+    "san": (2.5e-3, 5e-3, 1e-2),
+}
+
+# --------------------------------------------------------------------------------------- methods
+
+
+class LoRALayer(nn.Module):
+    """A frozen nn.Linear or nn.Conv2d plus a trained update of low rank: W + (α/r) B A.
+
+    B: out×r, zeros at the start; A: r×(all inputs of one output), Kaiming-uniform (Hu et al. 2022).
+    A convolution's kernel counts as a matrix, out × in/groups·kh·kw.
+    """
+
+    def __init__(self, layer: nn.Module, rank: int, alpha: float):
+        super().__init__()
+        weight = layer.weight
+        self.layer = layer
+        self.scale = alpha / rank
+        self.a = nn.Parameter(weight.new_empty(rank, weight[0].numel()))
+        self.b = nn.Parameter(weight.new_zeros(len(weight), rank))
+        nn.init.kaiming_uniform_(self.a, a=math.sqrt(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if isinstance(self.layer, nn.Linear):  # two thin products, never the full update
+            return self.layer(x) + (x @ self.a.T) @ self.b.T * self.scale
+        return self.layer._conv_forward(x, self.layer.weight + self.update(), self.layer.bias)
+
+    def update(self) -> Tensor:
+        return ((self.b @ self.a) * self.scale).view_as(self.layer.weight)
+
+    @torch.no_grad()
+    def merged(self) -> nn.Module:
+        weight = self.layer.weight + self.update()
+        self.layer.weight = nn.Parameter(weight, requires_grad=False)
+        return self.layer
+
+
+def adapt(model: nn.Module, method: str, args: argparse.Namespace) -> None:
+    """Freeze what `method` does not train and add what it does; every method trains the head.
+
+    san, ssf: γ (and β) of the linked layers and the norms [C]; lora: A and B on the same layers;
+    linear: nothing else; full: all. ssf is feature scaling alone with a shift [S].
+    """
+    links = model.links(args.wiring)
+    norms = [name for name, m in model.named_modules() if isinstance(m, nn.LayerNorm)]
+    model.requires_grad_(method == "full")
+    model.head.requires_grad_(True)
+    if method == "san":
+        san.attach(model, links, mode=args.mode, shift=args.shift, trainable=[*norms, "head"])
+    elif method == "ssf":
+        san.attach(model, links, mode="feature", shift=True, trainable=[*norms, "head"])
+    elif method == "lora":
+        for link in links:
+            layer = LoRALayer(model.get_submodule(link.layer), args.rank, alpha=args.rank)
+            model.set_submodule(link.layer, layer)
+
+
+def fold(model: nn.Module) -> None:
+    """Make plain layers of whatever `adapt` added; nothing to do for linear and full."""
+    if hasattr(model, "_san"):
+        san.merge(model)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, LoRALayer):
+            model.set_submodule(name, module.merged())
+
+
+def trained_state(model: nn.Module) -> dict[str, Tensor]:
+    """What requires a gradient, by name: all that a checkpoint has to hold of the model."""
+    return {name: p.data for name, p in model.named_parameters() if p.requires_grad}
+
+
+def count(model: nn.Module) -> tuple[int, int]:
+    """Numbers of trainable and of all parameters."""
+    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    return sum(n for n, trained in sizes if trained), sum(n for n, _ in sizes)
+
+
+# -------------------------------------------------------------------------------------- the loop
+
+
+def pick_device(name: str) -> torch.device:
+    """'auto' is CUDA where there is one, else the CPU. Raises ValueError for what is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(
+            f"--device {name} cannot be used here; try --device cpu or leave it out"
+        ) from error
+    return device
+
+
+def rate_at(step: int, steps: int, warmup: int, peak: float) -> float:
+    """Learning rate: linear from 0 to `peak` over `warmup` steps, then a half cosine back to 0."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup))) / 2
+
+
+def fit(
+    model: nn.Module,
+    loader: Iterable,
+    loss_of: Callable[[nn.Module, tuple], Tensor],
+    validate: Callable[[nn.Module], float],
+    args: argparse.Namespace,
+    out: Path | None = None,
+    note: str = "",
+) -> list[dict]:
+    """Train what requires a gradient with AdamW, a warm-up and a cosine; one record an epoch.
+
+    loss_of(model, batch): the mean loss of a batch; validate(model): accuracy 0 … 1.
+    out: folder for checkpoint.pt, written after every epoch; args.resume continues from it.
+    Every epoch seeds itself from (seed, epoch), so that a resumed run goes the same way.
+    Raises FloatingPointError when the loss or a parameter is no longer finite: the checkpoint of
+    the epoch before stays. ValueError for a checkpoint made with other settings.
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    # decay would pull γ to 0 rather than to the 1 it starts at: only matrices shrink [us]
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": args.weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=True)
+    device = parameters[0].device
+    history: list[dict] = []
+    checkpoint = out and out / "checkpoint.pt"
+    if checkpoint and args.resume:
+        history = resume(checkpoint, model, optimizer, args)
+    steps, warmup = args.epochs * len(loader), args.warmup_epochs * len(loader)
+    for epoch in range(len(history), args.epochs):
+        torch.manual_seed(args.seed * 100_003 + epoch)
+        model.train()
+        started, seen, running = time.perf_counter(), 0, torch.zeros((), device=device)
+        label = f"{note} epoch {epoch + 1}/{args.epochs}"
+        with tqdm(total=len(loader.dataset), desc=label, unit="img", leave=False) as bar:
+            for i, batch in enumerate(loader):
+                rate = rate_at(epoch * len(loader) + i, steps, warmup, args.lr)
+                for group in optimizer.param_groups:
+                    group["lr"] = rate
+                with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
+                    loss = loss_of(model, batch)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                running += loss.detach() * len(batch[0])
+                seen += len(batch[0])
+                if i % 20 == 0 or i == len(loader) - 1:  # reading the loss makes the device wait
+                    require_finite(loss.item(), [], epoch, rate, checkpoint)
+                    bar.set_postfix(loss=f"{running.item() / seen:.3f}", lr=f"{rate:.1e}")
+                bar.update(len(batch[0]))
+        seconds = time.perf_counter() - started
+        require_finite(running.item(), parameters, epoch, rate, checkpoint)
+        record = {"epoch": epoch + 1, "loss": running.item() / seen, "val": validate(model)}
+        history.append(record | {"seconds": seconds, "images_per_second": seen / seconds})
+        if checkpoint:
+            content = {"settings": settings(args), "history": history}
+            content |= {"model": trained_state(model), "optimizer": optimizer.state_dict()}
+            san.write(content, checkpoint)
+        tqdm.write(
+            f"{label}  loss {record['loss']:.3f}  validation {100 * record['val']:.1f} %  "
+            f"{seen / seconds:.0f} images/s",
+            file=sys.stdout,
+        )
+    return history
+
+
+def require_finite(
+    loss: float, parameters: list, epoch: int, rate: float, checkpoint: Path | None
+) -> None:
+    if math.isfinite(loss) and all(p.isfinite().all() for p in parameters):
+        return
+    kept = f"; epoch {epoch} is kept in {checkpoint}" if checkpoint and epoch else ""
+    raise FloatingPointError(
+        f"the loss is no longer a finite number in epoch {epoch + 1} at learning rate {rate:.1e}; "
+        f"try a smaller --lr{kept}"
+    )
+
+
+def settings(args: argparse.Namespace) -> dict:
+    """The settings that decide a run's numbers; where it writes and how it loads do not."""
+    free = ("out", "resume", "device", "workers", "data_dir", "evaluate", "compare", "bench")
+    return {key: value for key, value in vars(args).items() if key not in free}
+
+
+def resume(
+    checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer, args: argparse.Namespace
+) -> list[dict]:
+    """Put a checkpoint's epoch back into model and optimizer; its history so far is returned."""
+    if not checkpoint.is_file():
+        raise ValueError(f"there is no checkpoint {checkpoint} to resume; start without --resume")
+    content = san.read(checkpoint)
+    old, new = content["settings"], settings(args)
+    other = [key for key in new if old.get(key) != new[key]]
+    if other:
+        key = other[0]
+        raise ValueError(
+            f"{checkpoint} was made with --{key.replace('_', '-')} {old.get(key)}, not {new[key]}; "
+            "resume with the same settings"
+        )
+    own = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, value in content["model"].items():
+            own[name].copy_(value)
+    optimizer.load_state_dict(content["optimizer"])
+    return content["history"]
+
+
+def peak_memory(device: torch.device, start: bool = False) -> float:
+    """Peak memory in MB since the call with start=True.
+
+    On CUDA: what torch had allocated. Elsewhere the process's resident memory; where the kernel
+    lets us (Linux) its peak counter is set back at the start, else it is the whole process's peak.
+    """
+    if device.type == "cuda":
+        if start:
+            torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    try:
+        if start:
+            Path("/proc/self/clear_refs").write_text("5")
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) / 1e3
+    except (OSError, IndexError):
+        unit = 1e6 if sys.platform == "darwin" else 1e3
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+
+
+# --------------------------------------------------------------------------------------- reports
+
+
+def compare_outputs(adapted: Tensor, merged: Tensor) -> dict:
+    """Do two models' outputs, pictures×classes, agree? Largest difference and same predictions."""
+    difference = (adapted - merged).abs().max().item()
+    same = (adapted.argmax(-1) == merged.argmax(-1)).float().mean().item()
+    return {"merge_difference": difference, "merge_same": same}
+
+
+def write_text(text: str, path: Path) -> None:
+    """Write a small text file whole or not at all. Raises OSError."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(text)
+        temporary.replace(path)
+    except OSError as error:
+        raise OSError(f"could not write {path}: {error.strerror}") from error
+    finally:
+        if path.parent.is_dir():
+            temporary.unlink(missing_ok=True)
+
+
+def write_json_lines(records: list[dict], path: Path) -> None:
+    write_text("".join(json.dumps(record) + "\n" for record in records), path)
+
+
+def markdown(rows: list[dict]) -> str:
+    """Rows with the same keys as a Markdown table."""
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *(row.values() for row in rows)]
+    return "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
+
+
+def spread(values: list[float]) -> str:
+    """Per cent, mean ± standard deviation (n − 1) of shares: '54.1 ± 0.8'."""
+    tensor = torch.tensor(values, dtype=torch.float64) * 100
+    deviation = tensor.std().item() if len(values) > 1 else 0.0
+    return f"{tensor.mean().item():.1f} ± {deviation:.1f}"
