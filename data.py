@@ -289,14 +289,13 @@ class Single(Dataset):
         return self.transform(image), torch.tensor([int(label) - self.first_class])
 
 
-def transforms(image_size: int) -> tuple[v2.Transform, v2.Transform]:
-    """(training, evaluation): a direct resize; training adds a light crop, a flip for pictures."""
-    # Digits, counts and texts would change meaning under a strong crop: keep at least 70 %.
+def transforms(image_size: int, flip: bool = True) -> tuple[v2.Transform, v2.Transform]:
+    """(training, evaluation): a direct resize; training crops lightly, 70 % or more, and flips."""
     train = v2.Compose(
         [
             v2.RGB(),
             v2.RandomResizedCrop((image_size, image_size), (0.7, 1.0), antialias=True),
-            v2.RandomHorizontalFlip(),
+            v2.RandomHorizontalFlip(0.5 if flip else 0.0),
             v2.PILToTensor(),
         ]
     )
@@ -341,7 +340,7 @@ def from_torchvision(name: str, root: Path, image_size: int) -> Data:
         val, train = subset(train, 0, fifth), subset(train, fifth, len(train))
     else:
         val = open_split(val_split)
-    augment, plain = transforms(image_size)
+    augment, plain = transforms(image_size, flip=name != "svhn")  # a flipped digit is no digit
     return Data(
         Single(train, augment, first_class),
         Single(train, plain, first_class),

@@ -55,6 +55,9 @@ class SANLayer(nn.Module):
 
     x: …×in for Linear, …×in×H×W for Conv2d; γ, β: out; γ': the anterior layer's own γ, brought
     to this layer's `in` channels by the index. γ is ones and β zeros at the start.
+
+    Without `features`, γ does not act here, only in the posterior layers that read it; gamma is
+    None where nothing would read it either.
     """
 
     def __init__(self, layer: nn.Module, gamma: bool, beta: bool, features: bool):
@@ -89,13 +92,14 @@ class SANLayer(nn.Module):
         """The cheap form: (W diag(γ')) x = W (γ' ⊙ x), so autograd never builds W's gradient."""
         if not self.enabled:
             return self.layer(x)
-        x = self._scale(x, self.anterior_gamma())  # propagation, moved from the weight to x
+        x = self._scale(x, self.anterior_gamma())  # 2. propagation, moved from the weight to x
         z = self.layer(x)
-        return self._scale(z, self.gamma if self.features else None, self.beta)  # feature scaling
+        return self._scale(z, self.gamma if self.features else None, self.beta)  # 1. the features
 
     def forward_explicit(self, x: Tensor) -> Tensor:
         """The same, as the paper writes it: γ' is seen acting on the posterior weight's columns."""
         weight = self.layer.weight * self._columns(self.anterior_gamma())
+        weight = weight.to(self.layer.weight.dtype)
         if isinstance(self.layer, nn.Linear):
             z = nn.functional.linear(x, weight, self.layer.bias)
         else:
@@ -104,9 +108,9 @@ class SANLayer(nn.Module):
 
     @torch.no_grad()
     def merged(self) -> nn.Module:
-        """The frozen layer with W* = diag(γ) W diag(γ') and b* = γ ⊙ b + β, of its own class.
+        """The layer itself, now with W* = diag(γ) W diag(γ') and b* = γ ⊙ b + β.
 
-        Folded in float32 (float64 if that is the layer's type) and rounded to it once, at the end.
+        Folded in float32 (float64 if the weight has it) and rounded to the weight's type once.
         """
         layer, wide = self.layer, torch.promote_types(self.layer.weight.dtype, torch.float32)
         rows = torch.ones(len(layer.weight), dtype=wide, device=layer.weight.device)
@@ -156,9 +160,9 @@ class _Attached:
     mode: str
     shift: bool
     trainable: list[str]
-    first: dict[str, Tensor]  # first values of what `trainable` names
+    first_values: dict[str, Tensor]  # of what `trainable` names
     required_grad: dict[str, bool]
-    base: dict[str, list[int]]  # the base model's state-dict keys and shapes
+    base_shapes: dict[str, list[int]]  # by state-dict key
 
 
 def attach(
@@ -184,31 +188,37 @@ def attach(
         raise ValueError("this model has SAN layers already; merge or detach it first")
     if mode not in MODES:
         raise ValueError(f"mode '{mode}' is unknown; choose one of {', '.join(MODES)}")
-    links, trainable = list(links), list(trainable)
-    modules = dict(model.named_modules())
+    links = [Link(*link) for link in links]
+    trainable = [trainable] if isinstance(trainable, str) else list(trainable)
+    modules = dict(model.named_modules(remove_duplicate=False))
     indices = _check(model, links, modules)
     state = model.state_dict()
-    first = {}
+    first_values = {}
     for name in trainable:
         keys = [key for key in state if key == name or key.startswith(f"{name}.")]
         if not keys:
-            raise ValueError(f"nothing to train is called '{name}'{_closest(name, [*modules])}")
+            raise ValueError(
+                f"nothing to train is called '{name}'{_closest(name, [*modules, *state])}"
+            )
         inside = [k for k in keys for link in links if k.startswith(f"{link.layer}.")]
         if inside:
             raise ValueError(f"'{inside[0]}' belongs to a linked layer, which stays frozen")
-        first.update({key: state[key].clone() for key in keys})
+        first_values.update({key: state[key].clone() for key in keys})
 
     model._san = _Attached(
         links=links,
         mode=mode,
         shift=shift,
         trainable=trainable,
-        first=first,
+        first_values=first_values,
         required_grad={name: p.requires_grad for name, p in model.named_parameters()},
-        base={key: list(value.shape) for key, value in state.items()},
+        base_shapes={key: list(value.shape) for key, value in state.items()},
     )
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in first)
+        parameter.requires_grad_(False)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if name in first_values:
+            parameter.requires_grad_(True)
     anteriors = {link.anterior for link in links}
     layers = {}
     for link in links:
@@ -292,7 +302,7 @@ def detach(model: nn.Module) -> None:
 
 
 def merge(model: nn.Module) -> None:
-    """Fold every γ and β into plain layers of the original classes; `SANLayer.merged` has the maths.
+    """Fold every γ and β into plain layers of the original classes, as `SANLayer.merged` writes.
 
     What `trainable` named keeps its trained values. The keys, classes and parameter count are the
     base model's again. Raises ValueError for a model without SAN layers.
@@ -312,7 +322,7 @@ def disabled(model: nn.Module) -> Iterator[None]:
         yield
         return
     state = model.state_dict()
-    trained = {key: state[key].clone() for key in attached.first}
+    trained = {key: state[key].clone() for key in attached.first_values}
     try:
         for layer in layers:
             layer.enabled = False
@@ -322,7 +332,7 @@ def disabled(model: nn.Module) -> Iterator[None]:
         for layer in layers:
             layer.enabled = True
         for key, value in trained.items():
-            model.state_dict()[key].copy_(value)
+            model.state_dict()[key].data.copy_(value)
 
 
 def _attached(model: nn.Module) -> _Attached:
@@ -334,14 +344,15 @@ def _attached(model: nn.Module) -> _Attached:
 @torch.no_grad()
 def _put_first_values(model: nn.Module, attached: _Attached) -> None:
     state = model.state_dict()
-    for key, value in attached.first.items():
-        state[key].copy_(value)
+    for key, value in attached.first_values.items():
+        if key in state and state[key].shape == value.shape:  # a head put there since is not ours
+            state[key].data.copy_(value)  # .data: a backward pass may be under way
 
 
 def _forget(model: nn.Module, attached: _Attached) -> None:
     del model._san
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(attached.required_grad[name])
+        parameter.requires_grad_(attached.required_grad.get(name, parameter.requires_grad))
 
 
 def _replace(model: nn.Module, name: str, new: nn.Module) -> None:
@@ -368,7 +379,8 @@ def write(content: Any, path: str | os.PathLike) -> None:
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         raise OSError(f"could not write {path}: {str(error).splitlines()[0]}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary.exists():
+            temporary.unlink()
 
 
 def read(path: str | os.PathLike) -> Any:
@@ -382,15 +394,21 @@ def read(path: str | os.PathLike) -> Any:
         raise FileNotFoundError(f"there is no file {path}") from error
     except pickle.UnpicklingError as error:
         raise OSError(f"{path} is refused: it is no file of tensors and plain values") from error
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
+    except Exception as error:  # torch's unpickler raises almost anything on broken bytes
         raise OSError(f"{path} is broken or no torch file; make or fetch it again") from error
 
 
 def save_adapter(model: nn.Module, path: str | os.PathLike) -> None:
-    """Write what was trained (γ, β and what `trainable` named) with the links and settings."""
+    """Write what was trained (γ, β and what `trainable` named) with the links and settings.
+
+    Raises ValueError for a model without SAN layers or with them disabled, OSError if it cannot
+    be written.
+    """
     attached = _attached(model)
     state = model.state_dict()
     layers = {link.layer: model.get_submodule(link.layer) for link in attached.links}
+    if not all(layer.enabled for layer in layers.values()):
+        raise ValueError("the SAN layers are disabled; save the adapter outside of `disabled`")
     links = [
         (link.layer, link.anterior, None if link.index is None else torch.tensor([*link.index]))
         for link in attached.links
@@ -401,10 +419,10 @@ def save_adapter(model: nn.Module, path: str | os.PathLike) -> None:
         "mode": attached.mode,
         "shift": attached.shift,
         "trainable": attached.trainable,
-        "base": attached.base,
+        "base_shapes": attached.base_shapes,
         "gamma": {name: x.gamma.data for name, x in layers.items() if x.gamma is not None},
         "beta": {name: x.beta.data for name, x in layers.items() if x.beta is not None},
-        "trained": {key: state[key].clone() for key in attached.first},
+        "trained": {key: state[key].clone() for key in attached.first_values},
     }
     write(content, path)
 
@@ -421,7 +439,10 @@ def load_adapter(model: nn.Module, path: str | os.PathLike) -> None:
     if hasattr(model, "_san"):
         raise ValueError("this model has SAN layers already; load onto a fresh base model")
     own = {key: list(value.shape) for key, value in model.state_dict().items()}
-    base = content["base"]
+    parts = ("links", "mode", "shift", "trainable", "base_shapes", "gamma", "beta", "trained")
+    if missing := [part for part in parts if part not in content]:
+        raise ValueError(f"{path} is a broken adapter: it has no {', '.join(missing)}")
+    base = content["base_shapes"]
     differ = [key for key in [*base, *own] if base.get(key) != own.get(key)]
     if differ:
         first = [
@@ -433,12 +454,15 @@ def load_adapter(model: nn.Module, path: str | os.PathLike) -> None:
     settings = {key: content[key] for key in ("mode", "shift", "trainable")}
     attach(model, links, **settings)
     state = model.state_dict()
-    with torch.no_grad():
+    try:
         for kind in ("gamma", "beta"):
             for name, value in content[kind].items():
-                getattr(model.get_submodule(name), kind).copy_(value)
+                getattr(model.get_submodule(name), kind).data.copy_(value)
         for key, value in content["trained"].items():
-            state[key].copy_(value)
+            state[key].data.copy_(value)
+    except (AttributeError, KeyError, RuntimeError, TypeError) as error:
+        detach(model)
+        raise ValueError(f"{path} is a broken adapter: {str(error).splitlines()[0]}") from error
 
 
 def summary(model: nn.Module) -> dict[str, Any]:

@@ -1,9 +1,10 @@
 """Adapt a pretrained vision backbone with SAN, or with what people use instead, and compare.
 
-python train_vision.py                              # sprites, shipped weights, two CPU cores
-python train_vision.py --dataset cifar100           # ViT-B/16 from ImageNet, one GPU
-python train_vision.py --compare --task all         # linear, full, LoRA, SSF and SAN
-python train_vision.py --evaluate runs/…            # score a saved run again
+Four ways to use it:
+    python train_vision.py                              # sprites, shipped weights, two CPU cores
+    python train_vision.py --dataset cifar100           # ViT-B/16 from ImageNet, one GPU
+    python train_vision.py --compare --task all         # linear, full, LoRA, SSF and SAN
+    python train_vision.py --evaluate runs/…            # score a saved run again
 """
 
 import argparse
@@ -58,7 +59,7 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     add("--batch-size", type=positive, default=32)
     add("--lr", type=float, help="by default what suits the method")
     add("--weight-decay", type=float, default=0.0)
-    add("--warmup-epochs", type=int, default=2)
+    add("--warmup-epochs", type=float, help="by default a tenth of the epochs")
     add("--image-size", type=positive, help="by default what the model is made for")
     add("--seed", type=int, default=0)
     add("--device", default="auto", help="cpu, cuda, …")
@@ -76,6 +77,10 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
         p.error("several models or tasks at once go with --compare")
     if args.lr is not None and not 0 < args.lr < float("inf"):
         p.error("--lr must be a number above 0")
+    if args.warmup_epochs is None:
+        args.warmup_epochs = args.epochs / 10
+    if not (0 <= args.warmup_epochs <= args.epochs and 0 <= args.weight_decay < float("inf")):
+        p.error("--warmup-epochs must lie in 0 … --epochs, and --weight-decay be 0 or more")
     if args.amp is None:
         args.amp = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
     if args.workers is None:
@@ -101,15 +106,27 @@ def main() -> None:
         else:
             run(args)
     except KeyboardInterrupt:
-        words = [word for word in sys.argv[1:] if word != "--resume"]
-        again = shlex.join(["python", "train_vision.py", *words, "--resume"])
-        sys.exit(f"\nstopped; the last finished epoch is kept. To go on: {again}")
+        print(f"\nstopped; {how_to_go_on(args)}", file=sys.stderr)
+        sys.exit(130)
     except ValueError as error:
         print(f"train_vision.py: {error}", file=sys.stderr)
         sys.exit(2)
     except (OSError, FloatingPointError, torch.OutOfMemoryError) as error:
         print(f"train_vision.py: {error}", file=sys.stderr)
         sys.exit(1)
+
+
+def how_to_go_on(args: argparse.Namespace) -> str:
+    """What a run that was stopped by hand has kept, and the command that continues it."""
+    words = [word for word in sys.argv[1:] if word != "--resume"]
+    command = ["python", "train_vision.py", *words]
+    if args.compare:
+        return f"every finished method is kept; to go on: {shlex.join(command)}"
+    checkpoint = Path(args.out or "") / "checkpoint.pt"
+    if args.evaluate or not checkpoint.is_file():
+        return "no epoch was finished, start again"
+    epoch = len(san.read(checkpoint)["history"])
+    return f"epoch {epoch} is kept in {checkpoint}; to go on: {shlex.join([*command, '--resume'])}"
 
 
 # --------------------------------------------------------------------------- model, loss, scores
@@ -242,13 +259,14 @@ def train_method(args, data: data_sets.Data, name: str, out: Path | None, note: 
     """Build, adapt and train one model; args.method and args.lr say how. → (model, history, …)."""
     tuning.peak_memory(args.device, start=True)
     model = load_model(args, name, data.factors).to(args.device)
+    tuning.adapt(model, args.method, args)
+    trainable, total = tuning.count(model)
+    percent = f"{100 * trainable / total:.2f} %"
+    print(f"{note}: trains {trainable:,} of {total:,} parameters, {percent}, at lr {args.lr:g}")
     if args.method == "linear":
-        model.requires_grad_(False)
         model.head, history = probe(model, data, args, note)
     else:
-        tuning.adapt(model, args.method, args)
         history = train(model, data.train, data.val, data.factors, args, out, note)
-    trainable, total = tuning.count(model)
     figures = {
         "trainable": trainable,
         "percent": 100 * trainable / total,
@@ -278,8 +296,9 @@ def run(args: argparse.Namespace) -> None:
     """One method on one data set: train, score, merge, check and save."""
     name = args.model[0]
     args.lr = args.lr or tuning.LEARNING_RATES[args.method][1]
-    set_name = f"sprites-{args.task}" if args.dataset == "sprites" else Path(args.dataset).name
-    out = Path(args.out or f"runs/{set_name}-{name}-{args.method}-seed{args.seed}")
+    set_name = name_of(args, args.task)
+    args.out = args.out or f"runs/{set_name}-{name}-{args.method}-seed{args.seed}"
+    out = Path(args.out)
     data = load_data(args, args.task, name)
     print(
         f"{set_name}: {len(data.train)} training, {len(data.val)} validation and "
@@ -299,11 +318,7 @@ def run(args: argparse.Namespace) -> None:
         base.head, _ = probe(base, data, linear, "linear head")
         result["test_linear"] = score(base, data.test, data.factors, args)
     model, history, figures = train_method(args, data, name, out, args.method)
-    print(
-        f"{args.method} on {name}: trained {figures['trainable']:,} parameters, "
-        f"{figures['percent']:.2f} %, {time.perf_counter() - started:.0f} s"
-    )
-    result |= figures
+    result |= figures | {"wall": time.perf_counter() - started}
     if hasattr(model, "_san"):
         san.save_adapter(model, out / "adapter.pt")
     elif args.method != "full":
@@ -315,6 +330,11 @@ def run(args: argparse.Namespace) -> None:
     tuning.write_json_lines([*history, result], out / "metrics.jsonl")
     (out / "checkpoint.pt").unlink(missing_ok=True)
     report(result, saved)
+
+
+def name_of(args: argparse.Namespace, task: str) -> str:
+    """How files and tables call a data set: sprites-shape, cifar100 or the folder's name."""
+    return f"sprites-{task}" if args.dataset == "sprites" else Path(args.dataset).resolve().name
 
 
 def report(result: dict, saved: Path) -> None:
@@ -366,12 +386,12 @@ def compare(args: argparse.Namespace) -> None:
     path, done = out / "results.jsonl", []
     if path.exists():
         done = [json.loads(line) for line in path.read_text().splitlines()]
-    options = tuning.settings(args) | {"task": None, "model": None, "method": None, "seeds": None}
+    options = tuning.settings(args) | {"task": None, "model": None, "method": None}
     for name in args.model:
         for task in tasks:
             data = load_data(args, task, name)
             for method in tuning.METHODS:
-                key = {"task": task if sprites else out.name, "model": name, "method": method}
+                key = {"task": name_of(args, task), "model": name, "method": method}
                 if any(row["options"] == options and key.items() <= row.items() for row in done):
                     continue
                 done.append(key | compare_one(args, data, name, method) | {"options": options})
@@ -391,6 +411,7 @@ def compare_one(args, data: data_sets.Data, name: str, method: str) -> dict:
         run_args = argparse.Namespace(**vars(args) | {"method": method, "lr": rate, "seed": 0})
         model, _, figures = train_method(run_args, data, name, None, f"{name} {method} {rate:g}")
         tried[f"{rate:g}"] = figures["val"]
+        print(f"  validation {100 * figures['val']:.1f} %")
         if best is None or figures["val"] > best[2]["val"]:
             best = run_args, model, figures
     run_args, model, figures = best

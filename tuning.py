@@ -7,7 +7,6 @@ A method is what it trains: `adapt` prepares a model for it, `fold` makes plain 
 import argparse
 import json
 import math
-import resource
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -139,7 +138,8 @@ def fit(
     """Train what requires a gradient with AdamW, a warm-up and a cosine; one record an epoch.
 
     loss_of(model, batch): the mean loss of a batch; validate(model): accuracy 0 … 1.
-    out: folder for checkpoint.pt, written after every epoch; args.resume continues from it.
+    out: folder for checkpoint.pt, written after every epoch, which is then reported in a line;
+    args.resume continues from it.
     Every epoch seeds itself from (seed, epoch), so that a resumed run goes the same way.
     Raises FloatingPointError when the loss or a parameter is no longer finite: the checkpoint of
     the epoch before stays. ValueError for a checkpoint made with other settings.
@@ -156,7 +156,7 @@ def fit(
     checkpoint = out and out / "checkpoint.pt"
     if checkpoint and args.resume:
         history = resume(checkpoint, model, optimizer, args)
-    steps, warmup = args.epochs * len(loader), args.warmup_epochs * len(loader)
+    steps, warmup = args.epochs * len(loader), round(args.warmup_epochs * len(loader))
     for epoch in range(len(history), args.epochs):
         torch.manual_seed(args.seed * 100_003 + epoch)
         model.train()
@@ -186,11 +186,11 @@ def fit(
             content = {"settings": settings(args), "history": history}
             content |= {"model": trained_state(model), "optimizer": optimizer.state_dict()}
             san.write(content, checkpoint)
-        tqdm.write(
-            f"{label}  loss {record['loss']:.3f}  validation {100 * record['val']:.1f} %  "
-            f"{seen / seconds:.0f} images/s",
-            file=sys.stdout,
-        )
+            tqdm.write(
+                f"{label}  loss {record['loss']:.3f}  validation {100 * record['val']:.1f} %  "
+                f"{seen / seconds:.0f} images/s",
+                file=sys.stdout,
+            )
     return history
 
 
@@ -238,8 +238,8 @@ def resume(
 def peak_memory(device: torch.device, start: bool = False) -> float:
     """Peak memory in MB since the call with start=True.
 
-    On CUDA: what torch had allocated. Elsewhere the process's resident memory; where the kernel
-    lets us (Linux) its peak counter is set back at the start, else it is the whole process's peak.
+    On CUDA: what torch had allocated. Elsewhere the process's resident memory, as Linux counts it
+    and lets us set the count back; nan where there is no such count.
     """
     if device.type == "cuda":
         if start:
@@ -251,8 +251,7 @@ def peak_memory(device: torch.device, start: bool = False) -> float:
         status = Path("/proc/self/status").read_text()
         return int(status.split("VmHWM:")[1].split()[0]) / 1e3
     except (OSError, IndexError):
-        unit = 1e6 if sys.platform == "darwin" else 1e3
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+        return math.nan
 
 
 # --------------------------------------------------------------------------------------- reports

@@ -1,0 +1,86 @@
+"""What a SAN step costs: ratios of step times, measured in turn in one process.
+
+    python bench.py            # a model as wide as ViT-B/16, batch 8, 224 px
+
+Speed is a ratio here, since machines differ and drift: every round times one step of each method
+in turn, and the median over rounds of the ratio to full fine-tuning is what is printed. The
+merged model is timed against the base model in the same way.
+"""
+
+import argparse
+import copy
+import statistics
+import time
+
+import torch
+import torch.nn.functional as F
+
+import models
+import tuning
+
+
+def seconds(function, device: torch.device) -> float:
+    """Wall time of one call, with the device's queue empty before and after."""
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    wait()
+    started = time.perf_counter()
+    function()
+    wait()
+    return time.perf_counter() - started
+
+
+def in_turn(functions: dict, device: torch.device, rounds: int, against: str) -> dict[str, float]:
+    """name → median over rounds of its time divided by that of `against` in the same round."""
+    for function in functions.values():
+        function()  # a first call allocates
+    times = [{name: seconds(f, device) for name, f in functions.items()} for _ in range(rounds)]
+    return {name: statistics.median(t[name] / t[against] for t in times) for name in functions}
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p.add_argument("--depth", type=int, default=4, help="blocks; ViT-B/16 has 12")
+    p.add_argument("--batch-size", type=int, default=8)
+    p.add_argument("--rounds", type=int, default=15)
+    p.add_argument("--device", default="auto")
+    p.add_argument("--amp", action="store_true", help="bfloat16 autocast")
+    args = p.parse_args()
+    device = tuning.pick_device(args.device)
+    torch.manual_seed(0)
+    options = argparse.Namespace(wiring="exact", mode="both", shift=True, rank=8)
+    base = models.ViT(100, 224, patch=16, dim=768, depth=args.depth, heads=12).to(device)
+    images = torch.randn(args.batch_size, 3, 224, 224, device=device)
+    labels = torch.randint(100, (args.batch_size,), device=device)
+
+    def stepper(method: str):
+        model = copy.deepcopy(base)
+        tuning.adapt(model, method, options)
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(parameters, lr=1e-3, fused=True)
+
+        def step() -> None:
+            with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
+                loss = F.cross_entropy(model(images), labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+        return step
+
+    merged = copy.deepcopy(base)
+    tuning.adapt(merged, "san", options)
+    tuning.fold(merged)
+    assert sum(p.numel() for p in merged.parameters()) == sum(p.numel() for p in base.parameters())
+
+    print(f"{args.depth} blocks of ViT-B/16, batch {args.batch_size}, {device}")
+    steps = in_turn({m: stepper(m) for m in tuning.METHODS}, device, args.rounds, "full")
+    for method, ratio in steps.items():
+        print(f"step, {method:<8}{ratio:5.2f} × full   {ratio / steps['lora']:5.2f} × lora")
+    with torch.no_grad():
+        forwards = {"base": lambda: base(images), "merged": lambda: merged(images)}
+        ratio = in_turn(forwards, device, 3 * args.rounds, "base")["merged"]
+    print(f"forward, merged {ratio:5.2f} × base, with as many parameters")
+
+
+if __name__ == "__main__":
+    main()

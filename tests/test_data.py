@@ -1,0 +1,724 @@
+"""data.py: sprites ask what they say they ask, and real sets arrive with the right labels."""
+
+import hashlib
+import json
+import math
+import pickle
+import re
+import sys
+import urllib.error
+import urllib.request
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+import torchvision.datasets
+from PIL import Image
+from torch.utils.data import TensorDataset
+
+import data
+
+ALL_TASKS = ["source", *data.TASKS]
+CLASSES = {"shape": 6, "location": 16, "orientation": 8, "count": 5}
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch):
+    def refuse(*_, **__):
+        raise urllib.error.URLError("no network in tests")
+
+    monkeypatch.setattr(urllib.request, "urlopen", refuse)
+
+
+# ------------------------------------------------------------------------------------ sprites
+
+
+@cache
+def sprites(task: str) -> data.Data:
+    return data.load("sprites", task=task, source_size=3000)
+
+
+def tensors(split: TensorDataset) -> tuple[torch.Tensor, torch.Tensor]:
+    return split.tensors
+
+
+@pytest.mark.parametrize(
+    "task, digest",
+    [
+        ("source", "8906de8c55a5d037"),
+        ("shape", "ed9bfe67ebe19983"),
+        ("location", "060df29c84a5f4fa"),
+        ("orientation", "05743783b0752b2a"),
+        ("count", "1fed579e76b87deb"),
+    ],
+)
+def test_sprites_are_the_same_bytes_on_every_machine(task, digest):
+    images, labels = data.draw(task, 20, seed=7)
+    content = images.numpy().tobytes() + labels.to(torch.uint8).numpy().tobytes()
+    assert hashlib.sha256(content).hexdigest()[:16] == digest
+
+
+def test_another_seed_draws_other_sprites():
+    assert not torch.equal(data.draw("shape", 20, seed=1)[0], data.draw("shape", 20, seed=2)[0])
+
+
+@pytest.mark.parametrize("task", data.TASKS)
+def test_a_target_task_has_800_200_and_2000_pictures(task):
+    splits = sprites(task)
+    sizes = [len(splits.train), len(splits.plain), len(splits.val), len(splits.test)]
+    assert sizes == [800, 800, 200, 2000]
+
+
+@pytest.mark.parametrize("task", ALL_TASKS)
+def test_sprites_are_bytes_of_32_by_32_and_one_whole_number_a_factor(task):
+    for split in (sprites(task).train, sprites(task).val, sprites(task).test):
+        images, labels = tensors(split)
+        assert images.shape == (len(split), 3, 32, 32) and images.dtype == torch.uint8
+        assert labels.shape == (len(split), len(sprites(task).factors))
+        assert labels.dtype == torch.long
+
+
+@pytest.mark.parametrize("task", ALL_TASKS)
+def test_every_class_of_every_factor_is_about_as_frequent_as_the_others(task):
+    expected = [6, 8, 3, 4, 8, 16, 3] if task == "source" else [CLASSES[task]]
+    assert sprites(task).factors == expected
+    for split in (sprites(task).train, sprites(task).val, sprites(task).test):
+        for column, classes in zip(tensors(split)[1].T, expected):
+            counts = column.bincount(minlength=classes)
+            mean = len(split) / classes
+            assert len(counts) == classes and counts.min() > 0
+            assert (counts - mean).abs().max() < 4.5 * math.sqrt(mean)
+
+
+@pytest.mark.parametrize("task", ALL_TASKS)
+def test_no_picture_is_in_two_splits(task):
+    images = [*sprites(task)[:1], *sprites(task)[2:4]]
+    seen = [image.numpy().tobytes() for split in images for image in tensors(split)[0]]
+    assert len(set(seen)) == len(seen)
+
+
+def test_an_unknown_task_is_refused_with_the_choices():
+    with pytest.raises(ValueError, match="'colour'.*source.*shape.*location.*orientation.*count"):
+        data.load("sprites", task="colour")
+
+
+@cache
+def silhouette(index: int, eighths: int = 0) -> torch.Tensor:
+    """Which of 64×64 points lie in shape `index` (targets after sources), turned by eighths."""
+    line = (torch.arange(64, dtype=torch.float64) + 0.5) / 64 * 2.6 - 1.3
+    v, u = torch.meshgrid(line, line, indexing="ij")
+    cos, sin = math.cos(eighths * math.pi / 4), math.sin(eighths * math.pi / 4)
+    return (data.SOURCE_SHAPES + data.TARGET_SHAPES)[index](
+        cos * u + sin * v, cos * v - sin * u
+    ) < 0
+
+
+def overlap(one: torch.Tensor, other: torch.Tensor) -> float:
+    """Intersection over union: 1 for the same silhouette."""
+    return ((one & other).sum() / (one | other).sum()).item()
+
+
+@pytest.mark.parametrize("index", range(12))
+def test_a_shape_differs_from_itself_turned_so_that_its_orientation_is_defined(index):
+    assert max(overlap(silhouette(index), silhouette(index, k)) for k in range(1, 8)) < 0.8
+
+
+@pytest.mark.parametrize("index", range(12))
+def test_a_shape_differs_from_every_other_shape_however_it_is_turned(index):
+    others = [silhouette(i, k) for i in range(12) for k in range(8) if i != index]
+    assert max(overlap(silhouette(index), other) for other in others) < 0.8
+
+
+def test_source_and_target_have_six_shapes_each():
+    assert len(data.SOURCE_SHAPES) == len(data.TARGET_SHAPES) == 6
+
+
+@pytest.fixture
+def drawing(monkeypatch):
+    """Draws pictures, and gives the area that each thing laid on the background covers."""
+
+    def draw(task: str, shapes=None) -> tuple[list[torch.Tensor], torch.Tensor]:
+        covers, mix = [], data.mix
+
+        def recording_mix(below, cover, above):
+            covers.append(cover)
+            return mix(below, cover, above)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(data, "mix", recording_mix)
+            if shapes:
+                patch.setattr(data, "SOURCE_SHAPES", shapes)
+                patch.setattr(data, "TARGET_SHAPES", shapes)
+            labels = data.draw(task, 300, seed=5)[1]
+        return covers, labels
+
+    return draw
+
+
+def centre(cover: torch.Tensor) -> torch.Tensor:
+    """The centre of mass of n×32×32 coverages, n×2: to the right and downward, in pixels."""
+    line = torch.arange(32, dtype=torch.float64) + 0.5
+    mass = cover.sum((1, 2))
+    return torch.stack([cover.sum(1) @ line / mass, cover.sum(2) @ line / mass], dim=1)
+
+
+def dots(u: float, v: float) -> list:
+    """Six shapes that are all one small disc, so that a cover's centre is an exact place."""
+    return [lambda x, y: data.disc(x, y, u, v, 0.2)] * 6
+
+
+@pytest.mark.parametrize("task, laid", [("source", 1), ("shape", 7), ("count", 11)])
+def test_targets_are_cluttered_with_dots_and_the_source_is_not(drawing, task, laid):
+    covers, _ = drawing(task)
+    assert len(covers) == laid
+    if task != "source":
+        dot_sizes = torch.stack([cover.sum((1, 2)) for cover in covers[:6]])
+        assert (dot_sizes > 0).float().mean() > 0.9
+        assert dot_sizes.max() < 10  # pixels: no dot is taken for an object
+
+
+@pytest.mark.parametrize("task, column", [("location", 0), ("source", 5)])
+def test_the_location_label_is_the_cell_that_holds_the_object(drawing, task, column):
+    covers, labels = drawing(task, dots(0, 0))
+    cell = ((centre(covers[-1]) - 4) / 6).floor().long()
+    near_an_edge = ((centre(covers[-1]) - 4) % 6 - 3).abs().amax(1) > 2.9
+    assert near_an_edge.float().mean() < 0.15
+    found = cell[:, 1] * 4 + cell[:, 0]
+    assert torch.equal(found[~near_an_edge], labels[~near_an_edge, column])
+
+
+@pytest.mark.parametrize("task, column", [("orientation", 0), ("source", 4)])
+def test_the_orientation_label_is_the_eighth_by_which_the_object_is_turned(drawing, task, column):
+    at_centre, labels = drawing(task, dots(0, 0))
+    to_the_right, _ = drawing(task, dots(0.4, 0))
+    start = centre(at_centre[-1])
+    way = centre(to_the_right[-1]) - start
+    eighths = (torch.atan2(-way[:, 1], way[:, 0]) / (math.pi / 4)).round().long() % 8
+    whole = ((start > 6) & (start < 26)).all(1)  # the border cuts neither dot
+    assert whole.float().mean() > 0.6
+    assert torch.equal(eighths[whole], labels[whole, column])
+
+
+@pytest.mark.parametrize("task, column", [("shape", 0), ("source", 0)])
+def test_the_shape_label_is_the_shape_that_is_drawn(drawing, task, column):
+    radii = [0.1, 0.25, 0.4, 0.55, 0.7, 0.85]
+    discs = [lambda u, v, r=r: data.disc(u, v, 0, 0, r) for r in radii]
+    labels = drawing(task, discs)[1][:, column]
+    for index in range(6):
+        only_one = [lambda u, v: torch.ones_like(u)] * 6
+        only_one[index] = discs[index]
+        visible = drawing(task, only_one)[0][-1].sum((1, 2)) > 0
+        assert torch.equal(visible, labels == index)
+
+
+def test_the_count_label_is_the_number_of_objects_less_one(drawing):
+    covers, labels = drawing("count")
+    objects = torch.stack(covers[6:])
+    visible = (objects.sum((2, 3)) > 5).sum(0)
+    assert torch.equal(visible, labels[:, 0] + 1)
+    assert ((objects > 0.5).sum(0) <= 1).all()  # and none hides another
+
+
+# ------------------------------------------------------------------------------- shots, inputs
+
+
+def numbered(train: int, val: int) -> data.Data:
+    """A set whose pictures are their own numbers: training from 0, validation from 1000."""
+    split = TensorDataset(torch.arange(train))
+    return data.Data(split, split, TensorDataset(torch.arange(1000, 1000 + val)), split, [2])
+
+
+def numbers(split) -> list[int]:
+    return [int(item[0]) for item in split]
+
+
+@pytest.mark.parametrize("shots, train, val", [(5, 4, 1), (100, 80, 20), (1000, 800, 200)])
+def test_shots_are_four_fifths_training_and_one_fifth_validation(shots, train, val):
+    taken = data.take(numbered(800, 200), shots)
+    assert (len(taken.train), len(taken.plain), len(taken.val)) == (train, train, val)
+    assert len(set(numbers(taken.train))) == train and max(numbers(taken.train)) < 1000
+    assert len(set(numbers(taken.val))) == val and min(numbers(taken.val)) >= 1000
+    assert len(taken.test) == 800
+
+
+def test_shots_are_the_same_pictures_whatever_the_runs_seed():
+    torch.manual_seed(1)
+    one = data.take(numbered(800, 200), 100)
+    torch.manual_seed(2)
+    other = data.take(numbered(800, 200), 100)
+    assert numbers(one.train) == numbers(other.train) == numbers(one.plain)
+    assert numbers(one.val) == numbers(other.val)
+    assert numbers(one.train) != list(range(80))  # drawn from everywhere, not the first ones
+
+
+@pytest.mark.parametrize(
+    "shots, named", [(1005, "804.*800"), (1500, "1200.*800"), (4, "at least 5"), (0, "at least 5")]
+)
+def test_shots_that_cannot_be_had_are_refused_with_both_numbers(shots, named):
+    with pytest.raises(ValueError, match=f"{shots}.*{named}"):
+        data.take(numbered(800, 200), shots)
+
+
+def test_load_takes_the_shots():
+    assert len(data.load("sprites", shots=50).train) == 40
+
+
+def test_inputs_are_scaled_by_imagenets_mean_and_deviation():
+    images = torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1).expand(2, 3, 4, 4)
+    black, white = data.to_input(images)[:, :, 0, 0]
+    assert torch.allclose(black, torch.tensor([-2.1179, -2.0357, -1.8044]), atol=1e-3)
+    assert torch.allclose(white, torch.tensor([2.2489, 2.4286, 2.6400]), atol=1e-3)
+
+
+# -------------------------------------------------------- small copies of sets of real pictures
+
+
+class Picture(NamedTuple):
+    """One picture of a small set; its colour tells all three, so that a test reads them back."""
+
+    serial: int
+    split: str
+    label: int
+
+    def paint(self) -> Image.Image:
+        colour = (20 * self.label + 10, 80 * SPLITS.index(self.split) + 10, 8 * self.serial + 4)
+        return Image.new("RGB", (32, 32), colour)
+
+    def save(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.paint().save(path, quality=100)
+
+
+SPLITS = ("train", "val", "test")
+
+
+def dark_on_the_left() -> Image.Image:
+    image = Image.new("RGB", (32, 32), "white")
+    image.paste("black", (0, 0, 16, 32))
+    return image
+
+
+def read_back(split) -> list[Picture]:
+    """The pictures of a loaded split, from their colours; their labels must agree."""
+    pictures = []
+    for image, label in split:
+        red, green, blue = image.float().mean((1, 2)).tolist()
+        picture = Picture(int(blue // 8), SPLITS[int(green // 80)], int(red // 20))
+        assert image.shape == (3, 32, 32) and image.dtype == torch.uint8
+        assert label.tolist() == [picture.label]
+        pictures.append(picture)
+    return pictures
+
+
+def some_pictures(classes: int, **sizes: int) -> list[Picture]:
+    """`sizes` pictures a split, the classes in turn."""
+    splits = [split for split, size in sizes.items() for _ in range(size)]
+    return [Picture(i, split, i % classes) for i, split in enumerate(splits)]
+
+
+def of(pictures: list[Picture], split: str) -> list[Picture]:
+    return [picture for picture in pictures if picture.split == split]
+
+
+# Each function writes a small set as its authors ship it, in the folder that torchvision reads.
+
+
+def write_cifar_file(path: Path, pictures: list[Picture], key: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = [np.asarray(picture.paint()).transpose(2, 0, 1).ravel() for picture in pictures]
+    labels = [picture.label for picture in pictures]
+    path.write_bytes(pickle.dumps({"data": np.array(rows), key: labels}))
+
+
+def write_cifar10(root: Path, pictures: list[Picture]) -> None:
+    folder = root / "cifar-10-batches-py"
+    for i in range(5):
+        write_cifar_file(folder / f"data_batch_{i + 1}", of(pictures, "train")[i::5], "labels")
+    write_cifar_file(folder / "test_batch", of(pictures, "test"), "labels")
+    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": ["a", "b"]}))
+
+
+def write_cifar100(root: Path, pictures: list[Picture]) -> None:
+    folder = root / "cifar-100-python"
+    for split in ("train", "test"):
+        write_cifar_file(folder / split, of(pictures, split), "fine_labels")
+    (folder / "meta").write_bytes(pickle.dumps({"fine_label_names": ["a", "b"]}))
+
+
+def write_svhn(root: Path, pictures: list[Picture]) -> None:
+    scipy_io = pytest.importorskip("scipy.io", reason="svhn's .mat files need scipy")
+    for split in ("train", "test"):
+        images = np.stack([np.asarray(p.paint()) for p in of(pictures, split)], axis=3)
+        digits = np.array([[p.label or 10] for p in of(pictures, split)])  # 10 stands for 0
+        scipy_io.savemat(root / f"{split}_32x32.mat", {"X": images, "y": digits})
+
+
+def write_flowers102(root: Path, pictures: list[Picture]) -> None:
+    scipy_io = pytest.importorskip("scipy.io", reason="flowers102's .mat files need scipy")
+    folder, names = root / "flowers-102", {"train": "trnid", "val": "valid", "test": "tstid"}
+    for picture in pictures:
+        picture.save(folder / "jpg" / f"image_{picture.serial + 1:05d}.jpg")
+    ids = {names[s]: [p.serial + 1 for p in of(pictures, s)] for s in SPLITS}
+    scipy_io.savemat(folder / "setid.mat", ids)
+    scipy_io.savemat(folder / "imagelabels.mat", {"labels": [p.label + 1 for p in pictures]})
+
+
+def write_oxford_pets(root: Path, pictures: list[Picture]) -> None:
+    folder = root / "oxford-iiit-pet"
+    (folder / "annotations").mkdir(parents=True)
+    for split, name in (("train", "trainval.txt"), ("test", "test.txt")):
+        lines = []
+        for picture in of(pictures, split):
+            image = f"breed_{'ab'[picture.label]}_{picture.serial}"
+            picture.save(folder / "images" / f"{image}.jpg")
+            lines.append(f"{image} {picture.label + 1} 1 1\n")
+        (folder / "annotations" / name).write_text("".join(lines))
+
+
+def write_dtd(root: Path, pictures: list[Picture]) -> None:
+    folder = root / "dtd" / "dtd"
+    (folder / "labels").mkdir(parents=True)
+    for split in SPLITS:
+        names = [f"{'ab'[p.label]}/{p.serial}.jpg" for p in of(pictures, split)]
+        (folder / "labels" / f"{split}1.txt").write_text("\n".join(names))
+        for name, picture in zip(names, of(pictures, split)):
+            picture.save(folder / "images" / name)
+
+
+def write_eurosat(root: Path, pictures: list[Picture]) -> None:
+    for picture in pictures:
+        picture.save(root / "eurosat" / "2750" / "ab"[picture.label] / f"{picture.serial}.jpg")
+
+
+def write_food101(root: Path, pictures: list[Picture]) -> None:
+    folder = root / "food-101"
+    (folder / "meta").mkdir(parents=True)
+    for split in ("train", "test"):
+        names = {"a": [], "b": []}
+        for picture in of(pictures, split):
+            names["ab"[picture.label]].append(f"{'ab'[picture.label]}/{picture.serial}")
+            picture.save(folder / "images" / f"{'ab'[picture.label]}/{picture.serial}.jpg")
+        (folder / "meta" / f"{split}.json").write_text(json.dumps(names))
+
+
+def write_stanford_cars(root: Path, pictures: list[Picture]) -> None:
+    scipy_io = pytest.importorskip("scipy.io", reason="stanford_cars' .mat files need scipy")
+    folder = root / "stanford_cars"
+    (folder / "devkit").mkdir(parents=True)
+    scipy_io.savemat(folder / "devkit" / "cars_meta.mat", {"class_names": ["a", "b"]})
+    files = {"train": "devkit/cars_train_annos.mat", "test": "cars_test_annos_withlabels.mat"}
+    for split, file in files.items():
+        rows = [(f"{p.serial}.jpg", p.label + 1) for p in of(pictures, split)]
+        rows = np.array(rows, dtype=[("fname", object), ("class", object)])
+        scipy_io.savemat(folder / file, {"annotations": rows})
+        for picture in of(pictures, split):
+            picture.save(folder / f"cars_{split}" / f"{picture.serial}.jpg")
+
+
+def write_caltech101(root: Path, pictures: list[Picture]) -> None:
+    pytest.importorskip("scipy.io", reason="torchvision's Caltech101 imports scipy")
+    folder = root / "caltech101" / "101_ObjectCategories"
+    (folder / "BACKGROUND_Google").mkdir(parents=True)
+    for picture in pictures:
+        number = picture.serial // 2 + 1  # each of the two classes counts from 1
+        picture.save(folder / "ab"[picture.label] / f"image_{number:04d}.jpg")
+
+
+def write_sun397(root: Path, pictures: list[Picture]) -> None:
+    for picture in pictures:
+        picture.save(root / "SUN397" / "a" / "ab"[picture.label] / f"sun_{picture.serial}.jpg")
+    (root / "SUN397" / "ClassName.txt").write_text("/a/a\n/a/b\n")
+
+
+def write_clevr_count(root: Path, pictures: list[Picture]) -> None:
+    """CLEVR's own test pictures carry no counts, so its validation split is ours for testing."""
+    folder = root / "clevr" / "CLEVR_v1.0"
+    (folder / "scenes").mkdir(parents=True)
+    for split, theirs in (("train", "train"), ("test", "val")):
+        scenes = []
+        for picture in of(pictures, split):
+            name = f"CLEVR_{theirs}_{picture.serial:06d}.png"
+            picture.save(folder / "images" / theirs / name)
+            scenes.append({"image_filename": name, "objects": [{}] * (picture.label + 3)})
+        file = folder / "scenes" / f"CLEVR_{theirs}_scenes.json"
+        file.write_text(json.dumps({"scenes": scenes}))
+
+
+@pytest.fixture
+def small_set(tmp_path, monkeypatch):
+    """Writes a small copy of a set, whose checksums are those of nothing, and loads it."""
+    for name in ("cifar", "svhn", "flowers102", "utils"):
+        module = getattr(torchvision.datasets, name)
+        monkeypatch.setattr(module, "check_integrity", lambda path, md5: Path(path).is_file())
+
+    def load(write, pictures: list[Picture], **options) -> data.Data:
+        write(tmp_path, pictures)
+        name = write.__name__.removeprefix("write_")
+        return data.load(name, data_dir=str(tmp_path), image_size=32, **options)
+
+    return load
+
+
+TRAIN_AND_TEST = [
+    (write_cifar10, 10),
+    (write_cifar100, 100),
+    (write_svhn, 10),
+    (write_oxford_pets, 37),
+    (write_food101, 101),
+    (write_stanford_cars, 196),
+]
+
+
+@pytest.mark.parametrize("write, classes", TRAIN_AND_TEST)
+def test_a_set_without_validation_gives_a_fifth_of_its_training_pictures(write, classes, small_set):
+    pictures = some_pictures(2, train=20, test=6)
+    loaded = small_set(write, pictures)
+    assert loaded.factors == [classes]
+    assert sorted(read_back(loaded.test)) == of(pictures, "test")
+    val = read_back(loaded.val)
+    assert len(val) == 4
+    assert sorted(val + read_back(loaded.plain)) == of(pictures, "train")
+    assert read_back(loaded.train) == read_back(loaded.plain)
+
+
+@pytest.mark.parametrize("write, classes", [(write_dtd, 47), (write_flowers102, 102)])
+def test_a_set_with_its_own_validation_keeps_it(write, classes, small_set):
+    pictures = some_pictures(2, train=8, val=4, test=6)
+    loaded = small_set(write, pictures)
+    assert loaded.factors == [classes]
+    assert sorted(read_back(loaded.plain)) == of(pictures, "train")
+    assert sorted(read_back(loaded.val)) == of(pictures, "val")
+    assert sorted(read_back(loaded.test)) == of(pictures, "test")
+    assert read_back(loaded.train) == read_back(loaded.plain)
+
+
+@pytest.mark.parametrize(
+    "write, classes", [(write_eurosat, 10), (write_caltech101, 101), (write_sun397, 397)]
+)
+def test_a_set_without_splits_gives_each_picture_to_one_of_the_three(write, classes, small_set):
+    pictures = some_pictures(2, train=25)
+    loaded = small_set(write, pictures)
+    assert loaded.factors == [classes]
+    splits = [read_back(split) for split in (loaded.plain, loaded.val, loaded.test)]
+    assert [len(split) for split in splits] == [16, 4, 5]
+    assert sorted(sum(splits, [])) == pictures
+
+
+def test_a_set_without_splits_does_not_depend_on_the_order_the_disk_lists_files_in(
+    small_set, monkeypatch
+):
+    pictures = some_pictures(2, train=25)
+    rglob = Path.rglob
+    tests = []
+    for reverse in (False, True):
+        monkeypatch.setattr(Path, "rglob", lambda *a, r=reverse: iter(sorted(rglob(*a), reverse=r)))
+        tests.append(read_back(small_set(write_sun397, pictures).test))
+    assert tests[0] == tests[1]
+
+
+def test_clevrs_counts_of_3_to_10_are_the_classes_0_to_7(small_set):
+    pictures = some_pictures(8, train=20, test=8)
+    loaded = small_set(write_clevr_count, pictures)
+    assert loaded.factors == [8]
+    assert sorted(read_back(loaded.test)) == of(pictures, "test")
+    assert sorted(label.item() for _, label in loaded.test) == list(range(8))
+    assert sorted(read_back(loaded.val) + read_back(loaded.plain)) == of(pictures, "train")
+
+
+@pytest.mark.parametrize("write, mirrored", [(write_cifar10, True), (write_svhn, False)])
+def test_training_pictures_are_mirrored_at_random_but_digits_never(
+    write, mirrored, small_set, monkeypatch
+):
+    monkeypatch.setattr(Picture, "paint", lambda _: dark_on_the_left())
+    train = small_set(write, some_pictures(2, train=40, test=2)).train
+    dark_on_the_right = [image[0, 16, -1] < image[0, 16, 0] for image, _ in train]
+    assert any(dark_on_the_right) == mirrored
+    assert not all(dark_on_the_right)
+
+
+def test_every_torchvision_set_of_the_contract_can_be_chosen():
+    names = "cifar10 cifar100 svhn flowers102 oxford_pets dtd eurosat food101 stanford_cars "
+    names += "caltech101 sun397 pcam clevr_count"
+    assert set(data.TORCHVISION) == set(names.split())
+
+
+def test_an_unknown_data_set_is_refused_with_the_choices():
+    with pytest.raises(ValueError, match="'cifar1000'.*sprites.*cifar10, cifar100.*clevr_count"):
+        data.load("cifar1000")
+
+
+@pytest.mark.parametrize(
+    "name, folder",
+    [
+        ("cifar10", ""),
+        ("cifar100", ""),
+        ("svhn", ""),
+        ("food101", ""),
+        ("sun397", ""),
+        ("dtd", "dtd"),  # dtd-r1.0.1.tar.gz holds dtd/, and torchvision reads dtd/dtd/
+        ("clevr_count", "clevr"),
+        ("eurosat", "eurosat"),
+        ("oxford_pets", "oxford-iiit-pet"),
+        ("flowers102", "flowers-102"),
+        ("caltech101", "caltech101"),
+    ],
+)
+def test_without_network_the_error_says_into_which_folder_to_unpack(name, folder, tmp_path):
+    place = re.escape(str(tmp_path / folder))
+    with pytest.raises(OSError, match=rf"{name}.*{place}(?![\w/-])"):
+        data.load(name, data_dir=str(tmp_path))
+
+
+def test_without_network_the_error_says_what_to_fetch(tmp_path):
+    with pytest.raises(OSError, match=re.escape(torchvision.datasets.CIFAR100.url)):
+        data.load("cifar100", data_dir=str(tmp_path))
+
+
+@pytest.fixture
+def without_scipy(monkeypatch):
+    class NoScipy:
+        def find_spec(name, *_):
+            if name.split(".")[0] == "scipy":
+                raise ModuleNotFoundError("No module named 'scipy'", name="scipy")
+
+    for name in [name for name in sys.modules if name.split(".")[0] == "scipy"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "meta_path", [NoScipy, *sys.meta_path])
+
+
+@pytest.mark.parametrize(
+    "name, files",
+    [
+        ("svhn", ["train_32x32.mat"]),
+        ("flowers102", ["flowers-102/imagelabels.mat", "flowers-102/setid.mat"]),
+        ("caltech101", []),
+        ("stanford_cars", []),
+    ],
+)
+def test_a_set_that_needs_scipy_says_so_where_it_is_missing(
+    name, files, small_set, without_scipy, tmp_path
+):
+    (tmp_path / "flowers-102" / "jpg").mkdir(parents=True)
+    for file in files:
+        (tmp_path / file).touch()
+    for category in ("a", "BACKGROUND_Google"):
+        Picture(0, "train", 0).save(
+            tmp_path / "caltech101" / "101_ObjectCategories" / category / "image_0001.jpg"
+        )
+    with pytest.raises(OSError, match=rf"{name}.*pip install scipy(?!\.)"):
+        data.load(name, data_dir=str(tmp_path))
+
+
+# ------------------------------------------------------------------------------------ folders
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder data set of 20 + 6 pictures, half of them PNG, of the classes cat and dog."""
+    for picture in some_pictures(2, train=20, test=6):
+        kind = "png" if picture.serial % 4 < 2 else "jpg"
+        name = ("cat", "dog")[picture.label]
+        picture.save(tmp_path / "pets" / picture.split / name / f"{picture.serial}.{kind}")
+    return tmp_path / "pets"
+
+
+def load_folder(folder: Path, **options) -> data.Data:
+    return data.load(str(folder), image_size=32, **options)
+
+
+def test_a_folder_gives_its_classes_and_a_fifth_of_train_for_validation(folder):
+    pictures = some_pictures(2, train=20, test=6)
+    loaded = load_folder(folder)
+    assert loaded.factors == [2]
+    assert len(loaded.val) == 4
+    assert sorted(read_back(loaded.test)) == of(pictures, "test")
+    assert sorted(read_back(loaded.val) + read_back(loaded.plain)) == of(pictures, "train")
+    assert read_back(loaded.train) == read_back(loaded.plain)
+
+
+def test_a_folder_gives_the_same_validation_pictures_in_every_run(folder):
+    torch.manual_seed(1)
+    one = read_back(load_folder(folder).val)
+    torch.manual_seed(2)
+    assert read_back(load_folder(folder).val) == one
+
+
+def test_training_pictures_are_augmented_and_all_others_are_not(folder):
+    for path in folder.rglob("*.*"):
+        dark_on_the_left().save(path)
+    loaded = load_folder(folder)
+    distinct = {
+        split: len({image.numpy().tobytes() for image, _ in getattr(loaded, split)})
+        for split in ("plain", "val", "test")
+    }
+    # PNG and JPEG differ by rounding: two pictures at most
+    assert max(distinct.values()) <= 2
+    assert len({image.numpy().tobytes() for image, _ in loaded.train}) > 5
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_a_folder_without_train_or_test_is_refused(folder, split):
+    (folder / split).rename(folder / "other")
+    with pytest.raises(ValueError, match=f"{re.escape(str(folder))}.*{split}/"):
+        load_folder(folder)
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_an_empty_class_folder_is_named(folder, split):
+    for path in (folder / split / "dog").iterdir():
+        path.unlink()
+    with pytest.raises(ValueError, match=f"{split}.*dog"):
+        load_folder(folder)
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_a_class_that_is_in_one_split_alone_is_named(folder, split):
+    Picture(30, split, 2).save(folder / split / "hamster" / "30.png")
+    with pytest.raises(ValueError, match="'hamster'.*only one"):
+        load_folder(folder)
+
+
+def test_a_folder_without_any_class_is_refused(tmp_path):
+    for split in ("train", "test"):
+        (tmp_path / "pets" / split).mkdir(parents=True)
+    with pytest.raises(ValueError, match="train"):
+        load_folder(tmp_path / "pets")
+
+
+def test_a_folder_with_too_few_pictures_for_validation_is_refused(tmp_path):
+    for split in ("train", "test"):
+        for label in range(2):
+            Picture(label, split, label).save(tmp_path / "pets" / split / f"{label}" / "a.png")
+    with pytest.raises(ValueError, match="2.*5"):
+        load_folder(tmp_path / "pets")
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+@pytest.mark.parametrize("name", ["14.jpg", "12.png"])
+@pytest.mark.parametrize("break_it", ["truncated", "empty", "text"])
+def test_a_broken_picture_is_named(folder, split, name, break_it):
+    broken = folder / split / "cat" / name
+    Image.effect_noise((64, 64), 50).save(broken)
+    content = broken.read_bytes()
+    broken.write_bytes(
+        {"truncated": content[: len(content) // 2], "empty": b"", "text": b"no picture"}[break_it]
+    )
+    with pytest.raises(OSError, match=re.escape(str(broken))):
+        load_folder(folder)
+
+
+@pytest.mark.parametrize(
+    "mode, kind", [("L", "png"), ("RGBA", "png"), ("P", "png"), ("1", "png"), ("CMYK", "jpg")]
+)
+def test_pictures_of_other_colour_modes_arrive_as_rgb(folder, mode, kind):
+    for path in (folder / "test" / "cat").iterdir():
+        path.unlink()
+    Image.new("RGB", (20, 10), "white").convert(mode).save(folder / f"test/cat/odd.{kind}")
+    with Image.open(folder / f"test/cat/odd.{kind}") as saved:
+        assert saved.mode == mode
+    image, label = load_folder(folder).test[0]
+    assert image.shape == (3, 32, 32) and image.min() > 250
+    assert label.tolist() == [0]

@@ -1,0 +1,581 @@
+"""What san.py promises, each promise a test named after it; γ' is the anterior layer's γ."""
+
+import ast
+import copy
+import io
+import pickle
+import resource
+import subprocess
+import sys
+from collections import OrderedDict
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import models
+import san
+from san import Link, SANLayer, attach, detach, disabled, load_adapter, merge, save_adapter
+
+LINKS, TRAINABLE = [Link("fc1"), Link("fc2", "fc1")], ["norm", "head"]
+each_setting = pytest.mark.parametrize(
+    "mode, shift", [(mode, shift) for mode in san.MODES for shift in (False, True)]
+)
+each_precision = pytest.mark.parametrize(
+    "dtype, tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-12)]
+)
+each_case = pytest.mark.parametrize("name", ["cnn", "vit_micro", "convnext_micro"])
+each_layer = pytest.mark.parametrize(
+    "kind", ["linear", "groups 1", "groups 2", "depthwise", "depthwise ×2"]
+)
+
+
+def randomised(model, dtype=torch.float32):
+    """Weights large enough for every layer to matter, biases and norms included."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape))
+    return model.to(dtype).eval()
+
+
+def mlp(dtype=torch.float64, first="fc1", classes=3):
+    """fc1, GELU, norm, fc2, head; the same values at every call."""
+    torch.manual_seed(0)
+    layers = {first: nn.Linear(6, 8), "act": nn.GELU(), "norm": nn.LayerNorm(8)}
+    layers |= {"fc2": nn.Linear(8, 8), "head": nn.Linear(8, classes)}
+    return randomised(nn.Sequential(OrderedDict(layers)), dtype)
+
+
+def trained(model, seed=1):
+    """Stands for training: all that is trainable moves, and γ takes on 0 and negative values."""
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.3 * torch.randn(parameter.shape))
+                if name.endswith("gamma"):
+                    parameter[:2] = torch.tensor([0.0, -1.2])
+    return model
+
+
+def adapted_mlp(dtype=torch.float64, **settings):
+    model = mlp(dtype)
+    attach(model, LINKS, **{"trainable": TRAINABLE, **settings})
+    return trained(model)
+
+
+def case(name):
+    """(a base model, its links, what else to train, an input)"""
+    torch.manual_seed(0)
+    if name != "cnn":
+        model = randomised(models.build(name, 5))
+        norms = [n for n, m in model.named_modules() if isinstance(m, nn.LayerNorm)]
+        return model, model.links(), [*norms, "head"], torch.randn(2, 3, 32, 32)
+    layers = dict(conv1=nn.Conv2d(3, 8, 3), norm=nn.BatchNorm2d(8), conv2=nn.Conv2d(8, 4, 3))
+    layers |= dict(flatten=nn.Flatten(), fc=nn.Linear(16, 6), head=nn.Linear(6, 3))
+    flat = torch.arange(4).repeat_interleave(4)  # each channel becomes 2×2 inputs of fc
+    links = [Link("conv1"), Link("conv2", "conv1"), Link("fc", "conv2", flat)]
+    return randomised(nn.Sequential(OrderedDict(layers))), links, TRAINABLE, torch.randn(2, 3, 6, 6)
+
+
+def adapted_layer(kind, mode="both", shift=True, dtype=torch.float64):
+    """(a model, its trained SAN layer of that kind, an input); the index permutes and repeats."""
+    torch.manual_seed(0)
+    layer = {
+        "linear": lambda: nn.Linear(8, 6),
+        "groups 1": lambda: nn.Conv2d(8, 6, 3, stride=2, padding=1),
+        "groups 2": lambda: nn.Conv2d(8, 6, 3, (1, 2), (2, 0), dilation=2, groups=2),
+        "depthwise": lambda: nn.Conv2d(8, 8, 3, padding="same", groups=8, bias=False),
+        "depthwise ×2": lambda: nn.Conv2d(8, 16, 3, groups=8, padding=1, padding_mode="reflect"),
+    }[kind]()
+    x = torch.randn(2, 5, 8) if kind == "linear" else torch.randn(2, 8, 7, 9)
+    model = nn.ModuleDict(dict(before=nn.Linear(3, 5), layer=layer)).to(dtype)
+    links = [Link("before"), Link("layer", "before", [4, 0, 0, 3, 1, 2, 2, 4])]
+    attach(model, links, mode=mode, shift=shift)
+    return trained(model), model["layer"], x.to(dtype)
+
+
+def difference(a, b):
+    """The largest difference, relative to the largest value."""
+    return ((a - b).abs().max() / b.abs().max()).item()
+
+
+def trainable_names(model):
+    return [name for name, p in model.named_parameters() if p.requires_grad]
+
+
+@contextmanager
+def unchanged(model):
+    """At the end the model is as it was: the same modules and flags, values equal to the bit."""
+
+    def look():
+        flags = [(name, p.requires_grad) for name, p in model.named_parameters()]
+        return list(model.named_modules()), flags, hasattr(model, "_san"), list(model.state_dict())
+
+    before, values = look(), copy.deepcopy(model.state_dict())
+    yield
+    assert look() == before
+    assert all(torch.equal(value, values[key]) for key, value in model.state_dict().items())
+
+
+# ------------------------------------------------------------------------ attach and the layer
+
+
+@each_case
+@each_setting
+def test_at_attach_the_output_is_exactly_the_base_output(name, mode, shift):
+    model, links, trainable, x = case(name)
+    base = model(x)
+    attach(model, links, mode=mode, shift=shift, trainable=trainable)
+    assert (model(x) - base).abs().max() == 0
+    assert all(isinstance(model.get_submodule(link.layer), SANLayer) for link in links)
+    assert difference(trained(model)(x), base) > 1e-3  # training does change it
+
+
+def test_only_gamma_beta_and_what_the_caller_names_are_trained():
+    model = adapted_mlp(shift=True, trainable=["norm", "head.bias"])
+    model(torch.randn(2, 6).double()).sum().backward()
+    expected = ["fc1.gamma", "fc1.beta", "norm.weight", "norm.bias", "fc2.gamma", "fc2.beta"]
+    assert trainable_names(model) == [*expected, "head.bias"]
+    assert [n for n, p in model.named_parameters() if p.grad is not None] == trainable_names(model)
+
+
+def test_propagation_alone_trains_only_a_gamma_that_some_layer_reads():
+    assert trainable_names(adapted_mlp(mode="propagation", trainable=[])) == ["fc1.gamma"]
+
+
+def test_a_layer_without_bias_gets_no_shift():
+    assert "layer.beta" not in trainable_names(adapted_layer("depthwise", shift=True)[0])
+
+
+def test_a_trainable_part_whose_weight_is_tied_to_another_is_trained():
+    model = nn.Sequential(OrderedDict(words=nn.Embedding(9, 8), fc=nn.Linear(8, 8)))
+    model.add_module("head", nn.Linear(8, 9, bias=False))
+    model.head.weight = model.words.weight
+    attach(model, [Link("fc")], trainable=["head"])
+    assert model.head.weight.requires_grad
+
+
+@each_setting
+def test_the_modes_compute_their_formulas(mode, shift):
+    """y = γ ⊙ ((W diag γ') x + b) + β; "feature" leaves γ' out: SSF; "propagation" the outer γ."""
+    model, x = adapted_mlp(mode=mode, shift=shift), torch.randn(5, 6).double()
+    p = dict(model.named_parameters())
+    assert ("fc1.beta" in p) == shift
+    ones, zeros = torch.ones(8).double(), torch.zeros(8)
+    gamma1, gamma2 = (ones, ones) if mode == "propagation" else (p["fc1.gamma"], p["fc2.gamma"])
+    columns = torch.diag(ones if mode == "feature" else p["fc1.gamma"])
+    z = gamma1 * (x @ p["fc1.layer.weight"].T + p["fc1.layer.bias"]) + p.get("fc1.beta", zeros)
+    weight = p["fc2.layer.weight"] @ columns
+    z = gamma2 * (model.norm(model.act(z)) @ weight.T + p["fc2.layer.bias"])
+    assert difference(model(x), model.head(z + p.get("fc2.beta", zeros))) < 1e-12
+
+
+@each_layer
+@each_setting
+def test_the_cheap_form_equals_the_explicit_weight_form_and_so_do_its_gradients(kind, mode, shift):
+    model, layer, x = adapted_layer(kind, mode, shift)
+    inputs = [x.requires_grad_(), *(p for p in model.parameters() if p.requires_grad)]
+    outputs = layer(x), layer.forward_explicit(x)
+    assert difference(*outputs) < 1e-12
+    cheap, explicit = (
+        torch.autograd.grad(y.sin().sum(), inputs, materialize_grads=True) for y in outputs
+    )
+    for one, other in zip(cheap, explicit):
+        assert (one - other).abs().max() <= 1e-12 * other.abs().max()
+    by_gamma = dict(zip(inputs, explicit))[model["before"].gamma]
+    assert (by_gamma.abs().max() > 0) == (mode != "feature")  # γ' is reached, unless left out
+
+
+def test_gamma_is_one_parameter_and_its_gradient_is_the_sum_of_its_two_uses():
+    model, x = adapted_mlp(), torch.randn(5, 6).double()
+    gamma = model.fc1.gamma
+    assert model.fc2.anterior_gamma() is gamma
+    names = [n for n, p in model.named_parameters(remove_duplicate=False) if p is gamma]
+    optimiser = torch.optim.SGD([p for p in model.parameters() if p.requires_grad])
+    assert names == ["fc1.gamma"]
+    assert sum(p is gamma for p in optimiser.param_groups[0]["params"]) == 1
+
+    feature, propagated = (gamma.detach().clone().requires_grad_() for _ in range(2))
+    hidden = model.norm(model.act(feature * model.fc1.layer(x)))
+    output = model.head(model.fc2.gamma * model.fc2.layer(propagated * hidden))
+    one, other = torch.autograd.grad(output.square().sum(), [feature, propagated])
+    (total,) = torch.autograd.grad(model(x).square().sum(), [gamma])
+    assert one.abs().min() > 0 and other.abs().min() > 0
+    assert difference(total, one + other) < 1e-12
+
+
+def test_the_value_third_propagates_exactly_through_attention():
+    """A (γ_v ⊙ v) = γ_v ⊙ (A v), so the two uses of γ_v multiply what attention mixed by γ_v²."""
+    vit = models.build("vit_micro", 5)
+    index = next(link.index for link in vit.links() if link.layer == "blocks.0.attn.proj")
+    attention, x = randomised(vit.blocks[0].attn, torch.float64), torch.randn(2, 7, 96).double()
+    q, k, v = (t.unflatten(-1, (3, 32)).transpose(1, 2) for t in attention.qkv(x).chunk(3, -1))
+    mixed = ((q @ k.mT / 32**0.5).softmax(-1) @ v).transpose(1, 2).flatten(2)
+    attach(attention, [Link("qkv"), Link("proj", "qkv", index)])
+    values = torch.linspace(-1, 2, 96).double()
+    attention.qkv.gamma.data[-96:] = values
+    assert difference(attention(x), attention.proj.layer(values**2 * mixed)) < 1e-12
+
+
+def test_a_repeating_index_propagates_exactly_through_a_flatten():
+    model, links, _, x = case("cnn")
+    z, values = model.double()[:3](x.double()), torch.tensor([0.5, -1, 2, 0]).double()
+    attach(model, links)
+    model.conv2.gamma.data[:] = values
+    expected = model.fc.layer((values[:, None, None] ** 2 * z).flatten(1))
+    assert difference(model[:5](x.double()), expected) < 1e-12
+
+
+# --------------------------------------------------------------------------------------- merge
+
+
+@each_layer
+@each_setting
+@each_precision
+def test_a_merged_layer_keeps_its_output_and_class(kind, mode, shift, dtype, tolerance):
+    """γ and γ' hold a zero and a negative value here, see `trained`."""
+    model, layer, x = adapted_layer(kind, mode, shift, dtype)
+    before = layer(x)
+    merge(model)
+    assert type(model["layer"]) is (nn.Linear if kind == "linear" else nn.Conv2d)
+    assert difference(model["layer"](x), before) <= tolerance
+
+
+@each_case
+@each_precision
+def test_a_merged_model_is_the_adapted_one_in_the_base_models_structure(name, dtype, tolerance):
+    def structure():
+        shapes = [(key, value.shape, value.dtype) for key, value in model.state_dict().items()]
+        return [(n, type(m)) for n, m in model.named_modules()], shapes, trainable_names(model)
+
+    model, links, trainable, x = case(name)
+    model, x = model.to(dtype), x.to(dtype)
+    base, count = structure(), sum(p.numel() for p in model.parameters())
+    attach(model, links, shift=True, trainable=trainable)
+    before = trained(model)(x)
+    merge(model)
+    assert difference(model(x), before) <= tolerance
+    assert structure() == base and sum(p.numel() for p in model.parameters()) == count
+
+
+@each_layer
+def test_in_bfloat16_merging_rounds_the_exact_product_once(kind):
+    model, san_layer, _ = adapted_layer(kind, dtype=torch.bfloat16)
+    layer, gamma, beta = san_layer.layer, san_layer.gamma, san_layer.beta
+    groups = getattr(layer, "groups", 1)
+    columns = san_layer.anterior_gamma().view(groups, -1)  # of each group's rows
+    columns = columns.repeat_interleave(len(layer.weight) // groups, 0)
+
+    def product(dtype):
+        rows, weight = gamma.to(dtype), layer.weight.to(dtype)
+        weight = torch.einsum("oi...,oi->oi...", weight, columns.to(dtype))
+        return torch.einsum("oi...,o->oi...", weight, rows)
+
+    exact, folded = product(torch.float64), product(torch.float32).bfloat16()
+    bias = None if layer.bias is None else (layer.bias.float() * gamma + beta).bfloat16()
+    merge(model)
+    weight = model["layer"].weight
+    assert torch.equal(weight, folded) and weight.dtype == torch.bfloat16
+    assert ((weight - exact).abs() <= (exact.bfloat16() - exact).abs() * (1 + 1e-6)).all()
+    assert bias is None or torch.equal(model["layer"].bias, bias)
+
+
+def enter_disabled(model):
+    with disabled(model):
+        pass
+
+
+@pytest.mark.parametrize(
+    "use", [merge, detach, enter_disabled, san.summary, lambda model: save_adapter(model, "none")]
+)
+@pytest.mark.parametrize("end", [None, merge, detach])
+def test_a_model_without_san_layers_or_merged_before_is_an_error_that_says_so(use, end):
+    model = adapted_mlp() if end else mlp()
+    if end:
+        end(model)
+    with unchanged(model), pytest.raises(ValueError, match="no SAN layers .*merged"):
+        use(model)
+
+
+# ------------------------------------------------------------------- detach, disabled, deepcopy
+
+
+@each_case
+def test_detach_gives_the_base_model_back_bit_for_bit(name):
+    model, links, trainable, x = case(name)
+    next(model.parameters()).requires_grad_(False)
+    base = model(x)
+    with unchanged(model):
+        attach(model, links, shift=True, trainable=trainable)
+        model.train()(x).sum().backward()  # BatchNorm's running figures move too
+        torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1).step()
+        assert not torch.equal(model.eval()(x), base)
+        detach(model)
+    assert torch.equal(model(x), base)
+
+
+@each_case
+def test_disabled_gives_the_base_output_inside_and_the_adapted_one_after(name):
+    model, links, trainable, x = case(name)
+    base = model(x)
+    attach(model, links, shift=True, trainable=trainable)
+    adapted = trained(model)(x)
+    with unchanged(model), pytest.raises(KeyError), disabled(model):
+        with disabled(model):
+            assert torch.equal(model(x), base)
+        assert torch.equal(model(x), base)  # still, when the inner one ends
+        raise KeyError
+    assert torch.equal(model(x), adapted)
+
+
+def test_a_loss_may_compare_the_adapted_with_the_disabled_output():
+    model, x = adapted_mlp(), torch.randn(2, 6).double()
+    inputs = [p for p in model.parameters() if p.requires_grad]
+    expected = torch.autograd.grad((model(x) - mlp()(x).detach()).square().sum(), inputs)
+    adapted = model(x)
+    with disabled(model), torch.no_grad():
+        base = model(x)
+    gradients = torch.autograd.grad((adapted - base).square().sum(), inputs)
+    assert all(map(torch.equal, gradients, expected))
+
+
+def test_a_deep_copy_is_independent_and_shares_gamma_within_itself():
+    model, x = adapted_mlp(), torch.randn(2, 6).double()
+    with unchanged(model):
+        twin = copy.deepcopy(model)
+        assert torch.equal(twin(x), model(x))
+        assert twin.fc2.anterior_gamma() is twin.fc1.gamma is not model.fc1.gamma
+        moved = trained(twin, seed=2)(x)
+        assert difference(moved, model(x)) > 1e-3
+        merge(twin)
+        assert difference(twin(x), moved) < 1e-12
+
+
+# --------------------------------------------------------------------------------------- files
+
+
+@each_case
+@pytest.mark.parametrize("mode, shift", [("both", True), ("propagation", False)])
+def test_a_saved_adapter_is_small_and_gives_the_output_back_bit_for_bit(
+    name, mode, shift, tmp_path
+):
+    (model, links, trainable, x), base = case(name), case(name)[0]
+    first, second = tmp_path / "new folder" / "1.pt", tmp_path / "new folder" / "2.pt"
+    attach(model, links, mode=mode, shift=shift, trainable=trainable)
+    save_adapter(trained(model), first)
+    load_adapter(base, first)
+    assert torch.equal(base(x), model(x)) and trainable_names(base) == trainable_names(model)
+    assert all(map(torch.equal, base.state_dict().values(), model.state_dict().values()))
+    save_adapter(base, second)  # what was loaded detaches, saves and merges like the first
+    detach(base)
+    load_adapter(base, second)
+    merge(base)
+    assert difference(base(x), model(x)) <= 1e-5
+    assert sorted(first.parent.iterdir()) == [first, second]
+    assert first.stat().st_size < 100_000
+
+
+no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+
+
+@pytest.mark.parametrize(
+    "to, tolerance",
+    [(torch.bfloat16, 0.05), (torch.float64, 1e-5), pytest.param("cuda", 1e-5, marks=no_gpu)],
+)
+def test_an_adapter_loads_onto_another_dtype_or_device(to, tolerance, tmp_path):
+    model, x = adapted_mlp(torch.float32, shift=True), torch.randn(4, 6)
+    save_adapter(model, tmp_path / "a.pt")
+    other = mlp(torch.float32).to(to)
+    load_adapter(other, tmp_path / "a.pt")
+    output = other(x.to(to))
+    assert (output.dtype, output.device) == (other.head.weight.dtype, other.head.weight.device)
+    assert difference(output.to(x), model(x)) < tolerance
+    assert torch.equal(other.fc1.gamma.to(x), model.fc1.gamma)  # γ is float32 at least
+    assert torch.equal(other.head.weight, model.head.weight.to(to))
+
+
+@pytest.mark.parametrize(
+    "other, message",
+    [
+        (lambda: mlp(first="stem"), r"fc1\.weight \(\[8, 6\] there, missing here\); fc1\.bias"),
+        (lambda: mlp(classes=4), r"head\.weight \(\[3, 8\] there, \[4, 8\] here\)"),
+        (lambda: case("convnext_micro")[0], r"fc1\.weight"),
+        (adapted_mlp, "already"),
+    ],
+)
+def test_an_adapter_of_another_base_is_refused_with_the_keys_that_differ(other, message, tmp_path):
+    save_adapter(adapted_mlp(), tmp_path / "a.pt")
+    model = other()
+    with unchanged(model), pytest.raises(ValueError, match=message):
+        load_adapter(model, tmp_path / "a.pt")
+
+
+class Malicious:
+    """Unpickled without care, it creates a file called `executed`."""
+
+    def __reduce__(self):
+        return Path.touch, (Path("executed"),)
+
+
+def torch_bytes(content, **options):
+    stream = io.BytesIO()
+    torch.save(content, stream, **options)
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        torch_bytes({"san": 1, "base": Malicious()}),
+        pickle.dumps(Malicious(), protocol=2),
+        torch_bytes(mlp().state_dict()),
+        torch_bytes({"san": 1}),
+        torch_bytes(mlp().state_dict())[:1000],
+        torch_bytes(mlp().state_dict(), _use_new_zipfile_serialization=False)[:-7],
+        b"plain text",
+        b"K\x01a",  # a pickle that takes from an empty stack
+        b"",
+        None,
+    ],
+    ids=["code", "pickled code", "state dict", "incomplete", "truncated", "truncated old format"]
+    + ["text", "broken pickle", "empty", "missing"],
+)
+def test_a_bad_file_is_refused_by_name_and_never_executed(content, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model, path = mlp(), tmp_path / "bad.pt"
+    if content is not None:
+        path.write_bytes(content)
+    refusal = FileNotFoundError if content is None else (OSError, ValueError)
+    with unchanged(model), pytest.raises(refusal, match=str(path)) as caught:
+        load_adapter(model, path)
+    assert "\n" not in str(caught.value)
+    assert not Path("executed").exists()
+
+
+def test_the_malicious_file_is_dangerous_indeed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pickle.loads(pickle.dumps(Malicious()))
+    assert Path("executed").exists()
+
+
+@contextmanager
+def full_disk():
+    """No file may grow beyond a kilobyte."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1024, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_leaves_the_former_file_and_nothing_half_written(tmp_path):
+    path, model = tmp_path / "a.pt", adapted_mlp()
+    save_adapter(model, path)
+    before = path.read_bytes()
+    for target in (path, tmp_path / "new.pt"):
+        with full_disk(), pytest.raises(OSError, match=f"could not write {target}"):
+            save_adapter(trained(model), target)
+    assert list(tmp_path.iterdir()) == [path] and path.read_bytes() == before
+
+
+@pytest.mark.parametrize("target", ["file/a.pt", "folder"])
+def test_a_path_that_cannot_be_written_is_an_error_that_names_it(target, tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(OSError, match=f"could not write {tmp_path / target}"):
+        save_adapter(adapted_mlp(), tmp_path / target)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder"]
+
+
+# --------------------------------------------------------------------- summary, errors, one file
+
+
+def test_summary_counts_parameters_and_potentiated_and_depressed_channels():
+    model = mlp()
+    base = sum(p.numel() for p in model.parameters())
+    attach(model, LINKS, trainable=TRAINABLE)
+    model.fc1.gamma.data[:4] = torch.tensor([2, 0.5, -1, 1.5])
+    trainable = (8 + 8) + (8 + 8) + (8 * 3 + 3)  # γ, norm, head
+    assert san.summary(model) == {
+        "trainable": trainable,
+        "total": base + 16,
+        "percent": pytest.approx(100 * trainable / (base + 16)),
+        "layers": {
+            "fc1": {"potentiated": 2 / 8, "depressed": 2 / 8, "min": -1, "max": 2},
+            "fc2": {"potentiated": 0, "depressed": 0, "min": 1, "max": 1},
+        },
+    }
+
+
+def zoo():
+    """A layer for every error: `twin` has the weight of `tied`, `alias` is `tied` itself."""
+    layers = dict(fc1=nn.Linear(6, 8), norm=nn.LayerNorm(8), fc2=nn.Linear(8, 8))
+    layers |= dict(flat=nn.Conv1d(8, 8, 1), tied=nn.Linear(8, 8), twin=nn.Linear(8, 8))
+    model = nn.Sequential(OrderedDict(layers))
+    model.add_module("attention", nn.MultiheadAttention(8, 2))
+    model.add_module("deep", nn.ModuleDict({"fc": nn.Linear(4, 4)}))
+    model.add_module("alias", model.tied)
+    model.twin.weight = model.tied.weight
+    model.fc2.weight.requires_grad_(False)
+    return model
+
+
+@pytest.mark.parametrize(
+    "link, settings, error, message",
+    [
+        (Link("fc3"), {}, ValueError, "no layer 'fc3'; the closest names are .*fc2"),
+        (Link("fc1"), {}, ValueError, "'fc1' is linked twice"),
+        (Link("fc2", "norm"), {}, ValueError, "'norm' of layer 'fc2' is not adapted"),
+        (Link("fc2", "fc"), {}, ValueError, "not adapted.*closest names are .*fc1"),
+        (Link("fc2", None, range(8)), {}, ValueError, "index but no anterior"),
+        (Link("fc2", "fc1", range(5)), {}, ValueError, "reads 8 channels but the index has 5"),
+        (Link("deep.fc", "fc1"), {}, ValueError, "reads 4 channels but 'fc1' has 8"),
+        (Link("fc2", "fc1", range(1, 9)), {}, ValueError, "whole numbers from 0 to 7"),
+        (Link("fc2", "fc1", range(-1, 7)), {}, ValueError, "whole numbers from 0 to 7"),
+        (Link("fc2", "fc1", [0.5] * 8), {}, ValueError, "whole numbers from 0 to 7"),
+        (Link("norm"), {}, TypeError, "'norm' is a LayerNorm; .*nn.Linear and nn.Conv2d"),
+        (Link("flat"), {}, TypeError, "'flat' is a Conv1d"),
+        (Link("attention.out_proj"), {}, TypeError, "a NonDynamicallyQuantizableLinear"),
+        (Link("tied"), {}, ValueError, "'tied.weight' and 'twin.weight' .*tied"),
+        (Link("twin"), {}, ValueError, "'tied.weight' and 'twin.weight' .*tied"),
+        (Link("alias"), {}, ValueError, "'alias.*tied"),
+        (None, {}, ValueError, "no link"),
+        (Link("fc2"), {"mode": "no"}, ValueError, "'no' .*both, feature, propagation"),
+        (Link("fc2"), {"trainable": ["nrm"]}, ValueError, "'nrm'; the closest names are .*norm"),
+        (Link("fc2"), {"trainable": ["norm", "fc2"]}, ValueError, "'fc2.weight' .*linked layer"),
+    ],
+)
+def test_what_attach_cannot_do_it_says_and_leaves_the_model_as_it_was(
+    link, settings, error, message
+):
+    model = zoo()
+    with unchanged(model), pytest.raises(error, match=message) as caught:
+        attach(model, [Link("fc1"), link] if link else [], **settings)
+    assert "\n" not in str(caught.value)
+
+
+def test_attaching_twice_is_refused_and_keeps_the_first():
+    model = adapted_mlp()
+    with unchanged(model), pytest.raises(ValueError, match="already; merge or detach it first"):
+        attach(model, LINKS)
+
+
+def test_san_is_one_file_that_needs_torch_alone(tmp_path):
+    source, imported = Path(san.__file__).read_text(), set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            imported.add("." * node.level + (node.module or "").split(".")[0])
+    assert imported - sys.stdlib_module_names == {"torch"}
+    (tmp_path / "copied_san.py").write_text(source)
+    use = f"""import sys; sys.path.insert(0, {str(tmp_path)!r})
+import torch, copied_san as san
+model = torch.nn.Sequential(torch.nn.Linear(3, 2))
+san.attach(model, [san.Link("0")]); san.merge(model); print(type(model[0]).__name__)"""
+    ran = subprocess.run([sys.executable, "-I", "-c", use], capture_output=True, text=True)
+    assert (ran.returncode, ran.stdout) == (0, "Linear\n"), ran.stderr

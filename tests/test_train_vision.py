@@ -1,0 +1,379 @@
+"""The training script as a user meets it: what it writes, resumes, compares and refuses."""
+
+import json
+import pickle
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import models
+import san
+import train_vision
+import tuning
+
+ROOT = Path(__file__).parent.parent
+
+
+def command(*words) -> int:
+    """Run train_vision.py in this process and return its exit code."""
+    before = sys.argv
+    sys.argv = ["train_vision.py", *map(str, words)]
+    try:
+        train_vision.main()
+    except SystemExit as stop:
+        return stop.code or 0
+    finally:
+        sys.argv = before
+    return 0
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory) -> Path:
+    """A folder data set of two classes, reddish and bluish noise: 40 for training, 12 to test."""
+    root = tmp_path_factory.mktemp("pictures")
+    generator = torch.Generator().manual_seed(0)
+    for split, count in (("train", 20), ("test", 6)):
+        for channel, name in ((0, "red"), (2, "blue")):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                pixels = torch.randint(0, 128, (32, 32, 3), generator=generator, dtype=torch.uint8)
+                pixels[..., channel] += 100
+                Image.fromarray(pixels.numpy()).save(folder / f"{i}.png")
+    return root
+
+
+@pytest.fixture
+def flags(pictures) -> list:
+    """A run of seconds: two epochs of a micro model on the little folder, on the CPU."""
+    flags = [
+        "--dataset",
+        pictures,
+        "--model",
+        "vit_micro",
+        "--weights",
+        ROOT / "weights/vit_micro.pt",
+    ]
+    return [*flags, "--epochs", 2, "--batch-size", 8, "--device", "cpu", "--workers", 0]
+
+
+def metrics(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_times(records: list[dict]) -> list[dict]:
+    timed = {"seconds", "images_per_second", "wall", "memory"}
+    return [{k: v for k, v in record.items() if k not in timed} for record in records]
+
+
+# ------------------------------------------------------------------------------------------ runs
+
+
+@pytest.mark.parametrize("method", tuning.METHODS)
+def test_a_run_saves_a_model_that_scores_the_same_again(method, flags, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert command(*flags, "--method", method, "--out", out) == 0
+    printed = capsys.readouterr().out
+    saved = {"linear": "merged.pt", "full": "model.pt"}.get(method, "merged.pt")
+    names = {"config.json", "metrics.jsonl", saved} | (
+        {"adapter.pt"} - {"adapter.pt" * (method == "full")}
+    )
+    assert {path.name for path in out.iterdir()} == names
+    result = metrics(out)[-1]
+    assert result["test"] == result["test_merged"] and result["merge_difference"] < 1e-4
+    assert f"{100 * result['test']:.2f} %" in printed
+    assert command("--evaluate", out, "--device", "cpu", "--workers", 0) == 0
+    assert f"{100 * result['test']:.2f} %" in capsys.readouterr().out
+
+
+def test_the_saved_model_has_the_base_models_keys_and_the_adapter_is_small(flags, tmp_path):
+    assert command(*flags, "--out", tmp_path) == 0
+    saved = san.read(tmp_path / "merged.pt")
+    base = models.build("vit_micro", 2)
+    assert {k: v.shape for k, v in saved["state_dict"].items()} == {
+        k: v.shape for k, v in base.state_dict().items()
+    }
+    assert (tmp_path / "adapter.pt").stat().st_size < 100_000
+
+
+def test_the_adapter_on_a_fresh_base_is_the_merged_model(flags, tmp_path):
+    assert command(*flags, "--out", tmp_path) == 0
+    model = models.build("vit_micro", 2)
+    models.load_backbone(model, san.read(ROOT / "weights/vit_micro.pt")["state_dict"])
+    san.load_adapter(model, tmp_path / "adapter.pt")
+    merged = models.build("vit_micro", 2)
+    models.load_backbone(merged, san.read(tmp_path / "merged.pt")["state_dict"])
+    images = torch.randn(4, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(merged(images), model(images), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["vit_micro", "convnext_micro"])
+def test_the_main_job_runs_offline_on_the_embedded_data_and_learns(name, tmp_path):
+    assert command("--model", name, "--epochs", 3, "--out", tmp_path, "--device", "cpu") == 0
+    result = metrics(tmp_path)[-1]
+    assert result["test"] > 1.5 / 6 and result["test_linear"] > 1 / 6
+
+
+def test_the_same_seed_gives_the_same_result_and_another_seed_another(flags, tmp_path):
+    results = []
+    for run, seed in enumerate((0, 0, 1)):
+        assert command(*flags, "--seed", seed, "--out", tmp_path / str(run)) == 0
+        results.append(without_times(metrics(tmp_path / str(run)))[0])
+    assert results[0] == results[1] != results[2]
+
+
+def test_full_without_weights_is_pretraining_and_weights_takes_its_model(flags, tmp_path):
+    pre, out = tmp_path / "pre", tmp_path / "out"
+    assert command(*flags, "--method", "full", "--weights", "none", "--out", pre) == 0
+    assert command(*flags, "--weights", pre / "model.pt", "--out", out) == 0
+
+
+@pytest.mark.parametrize(
+    "words", [["--mode", "propagation"], ["--wiring", "authors"], ["--no-shift"], ["--shots", "20"]]
+)
+def test_variants_run(words, flags, tmp_path):
+    assert command(*flags, *words, "--out", tmp_path) == 0
+
+
+# ---------------------------------------------------------------------------------------- resume
+
+
+def stop_after(epochs: int, monkeypatch) -> None:
+    """Press Ctrl-C when that many epochs have been checkpointed."""
+    write, count = san.write, []
+
+    def write_and_stop(content, path):
+        write(content, path)
+        count.append(path)
+        if len(count) == epochs:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(san, "write", write_and_stop)
+
+
+@pytest.mark.parametrize("method", ["san", "lora", "full"])
+def test_a_resumed_run_ends_where_an_uninterrupted_one_does(
+    method, flags, tmp_path, monkeypatch, capsys
+):
+    flags = [*flags, "--epochs", 3, "--method", method]
+    assert command(*flags, "--out", tmp_path / "whole") == 0
+    with monkeypatch.context() as patch:
+        stop_after(2, patch)
+        assert command(*flags, "--out", tmp_path / "parts") == 130
+    message = capsys.readouterr().err
+    assert "epoch 2 is kept" in message and "--resume" in message
+    assert command(*flags, "--out", tmp_path / "parts", "--resume") == 0
+    whole, parts = (without_times(metrics(tmp_path / run)) for run in ("whole", "parts"))
+    assert whole == parts
+    name = "model.pt" if method == "full" else "merged.pt"
+    whole, parts = (san.read(tmp_path / run / name)["state_dict"] for run in ("whole", "parts"))
+    assert all(torch.equal(whole[key], parts[key]) for key in whole)
+
+
+def test_resume_refuses_other_settings(flags, tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        stop_after(1, patch)
+        assert command(*flags, "--out", tmp_path) == 130
+    assert command(*flags, "--out", tmp_path, "--resume", "--seed", 5) == 2
+    assert "made with --seed 0, not 5" in capsys.readouterr().err
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_epoch(
+    flags, tmp_path, monkeypatch, capsys
+):
+    loss, calls = train_vision.factor_loss, []
+
+    def breaks_later(*args):
+        calls.append(1)
+        return loss(*args) * (float("nan") if len(calls) > 12 else 1)
+
+    monkeypatch.setattr(train_vision, "probe", lambda model, *_: (model.head, []))
+    monkeypatch.setattr(train_vision, "factor_loss", breaks_later)
+    assert command(*flags, "--epochs", 5, "--out", tmp_path) == 1
+    assert "try a smaller --lr" in (message := capsys.readouterr().err) and "is kept" in message
+    kept = san.read(tmp_path / "checkpoint.pt")
+    assert len(kept["history"]) >= 1
+    assert all(value.isfinite().all() for value in kept["model"].values())
+
+
+def test_a_learning_rate_far_too_high_is_one_sentence_and_exit_code_1(flags, tmp_path, capsys):
+    assert command(*flags, "--method", "full", "--lr", "1e30", "--out", tmp_path) == 1
+    assert "no longer a finite number" in capsys.readouterr().err
+    assert not (tmp_path / "model.pt").exists()
+
+
+# ------------------------------------------------------------------------------------ comparison
+
+
+def test_compare_writes_one_row_a_method_and_does_nothing_twice(flags, tmp_path, monkeypatch):
+    words = [*flags, "--epochs", 1, "--compare", "--seeds", 2, "--out", tmp_path]
+    assert command(*words) == 0
+    table = (tmp_path / "table.md").read_text()
+    assert all(f"| {method} |" in table for method in tuning.METHODS)
+    assert "--compare" in table.splitlines()[0] and "±" in table
+    rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    for row in rows:
+        assert len(row["runs"]) == 2
+        best = max(row["tried"].values())
+        assert row["tried"][f"{row['lr']:g}"] == best == row["runs"][0]["val"]
+    monkeypatch.setattr(train_vision, "compare_one", lambda *_: pytest.fail("trained again"))
+    assert command(*words) == 0
+    assert (tmp_path / "table.md").read_text() == table
+
+
+def test_mean_and_standard_deviation_over_seeds():
+    assert tuning.spread([0.50, 0.52, 0.57]) == "53.0 ± 3.6"
+
+
+def test_the_learning_rate_warms_up_and_falls_to_nothing():
+    rates = [tuning.rate_at(step, steps=100, warmup=10, peak=1.0) for step in range(100)]
+    assert rates[9] == 1.0 and rates[0] == 0.1 and rates[10] == 1.0
+    assert rates[10:] == sorted(rates[10:], reverse=True) and 0 < rates[-1] < 1e-3
+
+
+@pytest.mark.parametrize("shape", ["linear", "conv", "depthwise"])
+def test_lora_starts_as_the_base_and_merges_exactly(shape):
+    torch.manual_seed(0)
+    layer = {
+        "linear": lambda: torch.nn.Linear(6, 4),
+        "conv": lambda: torch.nn.Conv2d(6, 4, 3, padding=1),
+        "depthwise": lambda: torch.nn.Conv2d(6, 6, 3, groups=6),
+    }[shape]().double()
+    x = torch.randn(2, 5, 6) if shape == "linear" else torch.randn(2, 6, 5, 5)
+    x = x.double()
+    expected = layer(x)
+    lora = tuning.LoRALayer(layer, rank=2, alpha=4)
+    assert torch.equal(lora(x), expected)
+    torch.nn.init.normal_(lora.b)
+    adapted = lora(x)
+    assert not torch.allclose(adapted, expected)
+    torch.testing.assert_close(lora.merged()(x), adapted, atol=1e-12, rtol=1e-12)
+
+
+# ------------------------------------------------------------------------------------- bad input
+
+
+class RunsCode:
+    """Unpickling this would create a file."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def bad_weights(kind: str, folder: Path) -> Path:
+    path = folder / "weights.pt"
+    if kind == "truncated":
+        whole = (ROOT / "weights/vit_micro.pt").read_bytes()
+        path.write_bytes(whole[: len(whole) // 2])
+    elif kind == "other architecture":
+        torch.save({"state_dict": models.build("convnext_micro", 2).state_dict()}, path)
+    elif kind == "other size":
+        torch.save(models.ViT(2, 32, patch=4, dim=24, depth=1, heads=2).state_dict(), path)
+    elif kind == "code":
+        path.write_bytes(pickle.dumps(RunsCode(folder / "executed")))
+    elif kind == "no weights":
+        torch.save({"epoch": 3}, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("kind", "code", "words"),
+    [
+        ("missing", 1, "there is no file"),
+        ("truncated", 1, "broken"),
+        ("other architecture", 2, "another architecture: class_token"),
+        ("other size", 2, "1×1×24 in the file, 1×1×96 in the model"),
+        ("code", 1, "refused"),
+        ("no weights", 2, "no state dict"),
+    ],
+)
+def test_weights_that_cannot_be_used_are_refused(kind, code, words, flags, tmp_path, capsys):
+    path = bad_weights(kind, tmp_path)
+    assert command(*flags, "--weights", path, "--out", tmp_path / "run") == code
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "executed").exists()
+    assert not list((tmp_path / "run").glob("*.pt"))
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (["--dataset", "cifar1000"], 2, "cifar100"),
+        (["--model", "resnet"], 2, "vit_micro"),
+        (["--method", "magic"], 2, "'san'"),
+        (["--task", "colour"], 2, "orientation"),
+        (["--batch-size", "0"], 2, "above 0"),
+        (["--shots", "4000"], 2, "asks for 3200 training and 800 validation pictures"),
+        (["--lr", "-1"], 2, "--lr must be"),
+        (["--warmup-epochs", "50"], 2, "--warmup-epochs"),
+        (["--resume"], 2, "no checkpoint"),
+        (["--task", "all"], 2, "--compare"),
+        (["--image-size", "30"], 2, "sprites are 32 px"),
+        (["--evaluate", "nowhere"], 1, "no saved run"),
+        (["--model", "convnext_micro", "--wiring", "authors"], 2, "ViT alone"),
+        (["--weights", "imagenet1k"], 2, "no imagenet1k weights for vit_micro"),
+    ],
+)
+def test_bad_flags_are_one_sentence(words, code, message, tmp_path, capsys):
+    assert command("--epochs", 1, "--device", "cpu", "--out", tmp_path / "run", *words) == code
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error
+    assert len(error.strip().splitlines()[-1]) < 600
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_cuda_without_a_gpu_is_refused(tmp_path, capsys):
+    assert command("--device", "cuda", "--out", tmp_path) == 2
+    assert "--device cpu" in capsys.readouterr().err
+
+
+def test_an_out_that_cannot_be_written_is_refused_before_training(flags, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert command(*flags, "--out", tmp_path / "file" / "run") == 1
+    assert "could not write" in capsys.readouterr().err
+
+
+def test_a_full_disk_leaves_no_half_written_file(flags, tmp_path, monkeypatch, capsys):
+    def full(content, path, **_):
+        Path(path).write_bytes(b"half a fi")
+        raise RuntimeError("PytorchStreamWriter failed writing file: no space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    assert command(*flags, "--out", tmp_path) == 1
+    assert "could not write" in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json"}
+
+
+# ------------------------------------------------------------------------------------- the README
+
+
+def readme_blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+
+
+def test_the_example_in_the_readme_runs_and_is_short(tmp_path, monkeypatch):
+    (example,) = readme_blocks("python")
+    assert len([line for line in example.splitlines() if line.strip()]) < 15
+    monkeypatch.chdir(tmp_path)
+    exec(compile(example, "README.md", "exec"), {})
+
+
+def test_every_flag_that_the_readme_names_exists(capsys):
+    assert command("--help") == 0
+    known = set(re.findall(r"--[a-z][a-z-]+", capsys.readouterr().out))
+    commands = [line for block in readme_blocks("sh") for line in block.splitlines()]
+    used = {
+        flag
+        for line in commands
+        if "train_vision" in line
+        for flag in re.findall(r"--[a-z][a-z-]+", line)
+    }
+    assert used and used <= known
