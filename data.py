@@ -255,23 +255,51 @@ def background(kind: Tensor, uniform, px: Tensor, py: Tensor) -> Tensor:
 
 # ----------------------------------------------------------------- torchvision's sets and folders
 
-# name: torchvision's class, arguments of its training, validation (None: it has none) and test
-# split (None: it has no split at all), number of classes, what to download by hand and unpack
+# name: torchvision's class, the folder it keeps its files in below --data-dir, arguments of its
+# training, validation (None: it has none) and test split (None: it has no split), classes
 TORCHVISION = {
-    "cifar10": ("CIFAR10", {"train": True}, None, {"train": False}, 10),
-    "cifar100": ("CIFAR100", {"train": True}, None, {"train": False}, 100),
-    "svhn": ("SVHN", {"split": "train"}, None, {"split": "test"}, 10),
-    "flowers102": ("Flowers102", {"split": "train"}, {"split": "val"}, {"split": "test"}, 102),
-    "oxford_pets": ("OxfordIIITPet", {"split": "trainval"}, None, {"split": "test"}, 37),
-    "dtd": ("DTD", {"split": "train"}, {"split": "val"}, {"split": "test"}, 47),
-    "eurosat": ("EuroSAT", {}, None, None, 10),
-    "food101": ("Food101", {"split": "train"}, None, {"split": "test"}, 101),
-    "stanford_cars": ("StanfordCars", {"split": "train"}, None, {"split": "test"}, 196),
-    "caltech101": ("Caltech101", {}, None, None, 101),
-    "sun397": ("SUN397", {}, None, None, 397),
-    "pcam": ("PCAM", {"split": "train"}, {"split": "val"}, {"split": "test"}, 2),
+    "cifar10": ("CIFAR10", "", {"train": True}, None, {"train": False}, 10),
+    "cifar100": ("CIFAR100", "", {"train": True}, None, {"train": False}, 100),
+    "svhn": ("SVHN", "", {"split": "train"}, None, {"split": "test"}, 10),
+    "flowers102": (
+        "Flowers102",
+        "flowers-102",
+        {"split": "train"},
+        {"split": "val"},
+        {"split": "test"},
+        102,
+    ),
+    "oxford_pets": (
+        "OxfordIIITPet",
+        "oxford-iiit-pet",
+        {"split": "trainval"},
+        None,
+        {"split": "test"},
+        37,
+    ),
+    "dtd": ("DTD", "dtd", {"split": "train"}, {"split": "val"}, {"split": "test"}, 47),
+    "eurosat": ("EuroSAT", "eurosat", {}, None, None, 10),
+    "food101": ("Food101", "", {"split": "train"}, None, {"split": "test"}, 101),
+    "stanford_cars": (
+        "StanfordCars",
+        "stanford_cars",
+        {"split": "train"},
+        None,
+        {"split": "test"},
+        196,
+    ),
+    "caltech101": ("Caltech101", "caltech101", {}, None, None, 101),
+    "sun397": ("SUN397", "", {}, None, None, 397),
+    "pcam": ("PCAM", "pcam", {"split": "train"}, {"split": "val"}, {"split": "test"}, 2),
     # CLEVR's own test pictures carry no counts; VTAB-1k scores on its validation split, and so we
-    "clevr_count": ("CLEVRClassification", {"split": "train"}, None, {"split": "val"}, 8),
+    "clevr_count": (
+        "CLEVRClassification",
+        "clevr",
+        {"split": "train"},
+        None,
+        {"split": "val"},
+        8,
+    ),
 }
 
 
@@ -310,23 +338,31 @@ def from_torchvision(name: str, root: Path, image_size: int) -> Data:
     without any split (eurosat, caltech101, sun397) first a fifth of all to testing: our choice,
     the same in every run.
     """
-    class_name, train_split, val_split, test_split, classes = TORCHVISION[name]
+    class_name, folder, train_split, val_split, test_split, classes = TORCHVISION[name]
     dataset = getattr(datasets, class_name)
 
     def open_split(arguments: dict) -> Dataset:
         try:
-            return dataset(str(root), download=True, **arguments)
-        except ModuleNotFoundError as error:
-            raise OSError(f"{name} needs a package: pip install {error.name}") from error
-        except (OSError, RuntimeError, ValueError) as error:
+            # torchvision has no working download for stanford_cars, and refuses to try
+            opened = dataset(str(root), download=name != "stanford_cars", **arguments)
+            opened[0]  # some import what they need, or miss a file, only here
+        except (OSError, RuntimeError, ValueError, ImportError) as error:
+            if isinstance(error, ImportError) or "pip install" in str(error):
+                raise OSError(
+                    f"{name} needs packages: pip install -r requirements-extra.txt ({error})"
+                ) from error
             address = getattr(dataset, "url", None) or getattr(dataset, "_URL", None)
             where = (
                 f"fetch {address}" if address else f"fetch it as torchvision's {class_name} says"
             )
             raise OSError(
                 f"could not open or download {name} ({str(error).splitlines()[0]}); where there "
-                f"is no network, {where} and unpack it in {root.resolve()}"
+                f"is no network, {where} and unpack it in {(root / folder).resolve()}"
             ) from error
+        if name == "sun397":  # listed as the disk has them; sorted, they are the same everywhere
+            pairs = sorted(zip(opened._image_files, opened._labels))
+            opened._image_files, opened._labels = map(list, zip(*pairs))
+        return opened
 
     first_class = 3 if name == "clevr_count" else 0  # CLEVR's pictures hold 3 to 10 objects
     train = open_split(train_split)
@@ -341,6 +377,8 @@ def from_torchvision(name: str, root: Path, image_size: int) -> Data:
     else:
         val = open_split(val_split)
     augment, plain = transforms(image_size, flip=name != "svhn")  # a flipped digit is no digit
+    if name == "clevr_count":  # a crop could cut an object out of its picture
+        augment = plain
     return Data(
         Single(train, augment, first_class),
         Single(train, plain, first_class),
@@ -376,6 +414,8 @@ def from_folder(root: Path, image_size: int) -> Data:
             raise OSError(f"{path} is not a picture that can be read: {error}") from error
     augment, plain = transforms(image_size)
     fifth = len(train) // 5
+    if not fifth:
+        raise ValueError(f"{root} has {len(train)} training pictures; at least 5 are needed")
     rest = subset(train, fifth, len(train))
     return Data(
         Single(rest, augment),

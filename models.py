@@ -7,6 +7,7 @@ Layer names and numbers match torchvision's models, whose weights `from_torchvis
 B pictures, N tokens, C channels, h heads, H×W pixels; pixels come in normalised, B×3×H×W.
 """
 
+import math
 import re
 
 import torch
@@ -166,8 +167,13 @@ class ConvNeXt(nn.Module):
         self, outputs: int, image_size: int, depths: tuple, dims: tuple, drop_path: float
     ) -> None:
         super().__init__()
+        smallest = 4 * 2 ** (len(dims) - 1)  # what leaves one place after every halving
+        if image_size < smallest:
+            raise ValueError(f"image size {image_size} is too small; take {smallest} or more")
         self.image_size = image_size
-        rates = torch.linspace(0, drop_path, sum(depths)).tolist()  # deeper blocks drop more often
+        rates = torch.linspace(
+            0, drop_path, sum(depths), device="cpu"
+        ).tolist()  # deeper blocks drop more often
         self.stem = nn.Sequential(
             nn.Conv2d(3, dims[0], kernel_size=4, stride=4), LayerNorm2d(dims[0], eps=1e-6)
         )
@@ -267,7 +273,8 @@ def build(name: str, outputs: int, image_size: int | None = None) -> nn.Module:
 
 # --------------------------------------------------------------------------------------- weights
 
-# torchvision's names → ours, tried in this order on the start of every key
+# torchvision's names → ours, tried in this order on the start of every key; ConvNeXt's numbers
+# stay torchvision's here, and are halved in a second step
 VIT_NAMES = [
     (r"encoder\.pos_embedding", "position"),
     (r"conv_proj", "patch_embed"),
@@ -322,23 +329,22 @@ def resize_position(position: Tensor, tokens: int) -> Tensor:
     return torch.cat([position[:, :1], grid], dim=1)
 
 
-def load_backbone(model: nn.Module, state: dict[str, Tensor]) -> None:
-    """Copy a state dict in our names into `model`; a head of another size is left as it was.
+def load_backbone(model: nn.Module, state: dict[str, Tensor], head: bool = False) -> None:
+    """Copy a state dict in our names into `model`; its head only if asked, else it stays as it was.
 
     Positions of another image size are interpolated. Raises ValueError, and changes nothing,
     if other keys or shapes differ, naming the first of them.
     """
     own = model.state_dict()
     state = dict(state)
-    position = state.get("position")
-    if position is not None and "position" in own and position.shape != own["position"].shape:
-        if position.ndim == 3 and position.shape[2] == own["position"].shape[2]:
-            state["position"] = resize_position(position, own["position"].shape[1])
-    if any(
-        key not in state or state[key].shape != own[key].shape
-        for key in ("head.weight", "head.bias")
-    ):
-        state.update({key: value for key, value in own.items() if key.startswith("head.")})
+    if "position" in state and "position" in own and state["position"].ndim == 3:
+        position, tokens = state["position"], own["position"].shape[1]
+        square = math.isqrt(position.shape[1] - 1) ** 2 == position.shape[1] - 1
+        if square and position.shape[1] != tokens:
+            state["position"] = resize_position(position, tokens)
+    if not head:
+        state = {key: value for key, value in state.items() if not key.startswith("head.")}
+        state |= {key: value for key, value in own.items() if key.startswith("head.")}
     wrong = [
         f"{key} ({describe(state.get(key))} in the file, {describe(own.get(key))} in the model)"
         for key in [*own, *(key for key in state if key not in own)]

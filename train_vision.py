@@ -360,13 +360,15 @@ def evaluate_run(args: argparse.Namespace) -> None:
         config = json.loads((folder / "config.json").read_text())
     except (OSError, ValueError) as error:
         raise OSError(f"{folder} is no saved run: config.json is missing or broken") from error
-    saved = argparse.Namespace(**config | {"device": args.device, "workers": args.workers})
-    saved.data_dir = args.data_dir
+    own = {key: getattr(args, key) for key in ("device", "workers", "data_dir")}
+    saved = argparse.Namespace(**config | own)
+    name = saved.model[0]
     path = folder / ("model.pt" if saved.method == "full" else "merged.pt")
-    saved.weights = str(path)
-    data = load_data(saved, saved.task, saved.model[0])
     content = san.read(path)
-    model = load_model(saved, saved.model[0], content["factors"]).to(args.device)
+    data = load_data(saved, saved.task, name)
+    model = models.build(name, sum(content["factors"]), content["image_size"])
+    models.load_backbone(model, content["state_dict"], head=True)
+    model.to(args.device)
     print(f"test accuracy of {path}  {100 * score(model, data.test, data.factors, saved):.2f} %")
 
 

@@ -20,9 +20,9 @@ MICRO = ["vit_micro", "convnext_micro"]
 
 
 @torch.no_grad()
-def randomise(model: nn.Module) -> nn.Module:
+def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
     """Every parameter gets a value that matters: fresh models have zero heads and tiny scales."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     for name, parameter in model.named_parameters():
         if parameter.ndim > 1 and "layer_scale" not in name and "position" not in name:
             parameter.normal_(std=parameter[0].numel() ** -0.5)
@@ -50,7 +50,7 @@ def difference(one: nn.Module, other: nn.Module, images: torch.Tensor) -> float:
 
 
 def converted(theirs: nn.Module, ours: nn.Module) -> nn.Module:
-    models.load_backbone(ours, models.from_torchvision(theirs.state_dict()))
+    models.load_backbone(ours, models.from_torchvision(theirs.state_dict()), head=True)
     return ours.eval()
 
 
@@ -88,7 +88,8 @@ def torchvisions_tiny_vit() -> nn.Module:
             hidden_dim=8,
             mlp_dim=32,
             num_classes=5,
-        )
+        ),
+        seed=1,
     )
 
 
@@ -97,7 +98,8 @@ def torchvisions_tiny_convnext() -> nn.Module:
     return randomise(
         torchvision.models.ConvNeXt(
             [CNBlockConfig(4, 8, 1), CNBlockConfig(8, None, 2)], num_classes=5
-        )
+        ),
+        seed=1,
     )
 
 
@@ -177,6 +179,13 @@ def test_every_size_has_its_published_number_of_parameters(name, parameters):
     with torch.device("meta"):
         model = models.build(name, outputs=6 if name in MICRO else 1000)
     assert sum(p.numel() for p in model.parameters()) == parameters
+
+
+@pytest.mark.parametrize("name", ["vit_tiny", "vit_s16", "vit_b16", "vit_l16"])
+def test_the_published_vits_have_heads_of_64_channels(name):
+    with torch.device("meta"):
+        model = models.build(name, outputs=1000)
+    assert {model.head.in_features // block.attn.heads for block in model.blocks} == {64}
 
 
 def test_the_sizes_are_the_eight_that_the_parameter_counts_cover():
@@ -282,9 +291,9 @@ def test_weights_of_the_other_kind_of_backbone_are_refused():
 
 
 @pytest.mark.parametrize("build", [tiny_vit, tiny_convnext])
-@pytest.mark.parametrize("files_head", ["another size", "none"])
-def test_a_head_that_does_not_fit_is_left_as_it_was_and_the_rest_is_loaded(build, files_head):
-    state = build(outputs=9).state_dict()
+@pytest.mark.parametrize("files_head", ["another size", "the same size", "none"])
+def test_the_head_is_left_as_it_was_and_the_rest_is_loaded(build, files_head):
+    state = build(outputs=5 if files_head == "the same size" else 9).state_dict()
     if files_head == "none":
         state = {key: value for key, value in state.items() if not key.startswith("head.")}
     model = build(outputs=5)
@@ -298,11 +307,16 @@ def test_a_head_that_does_not_fit_is_left_as_it_was_and_the_rest_is_loaded(build
 
 
 @pytest.mark.parametrize("build", [tiny_vit, tiny_convnext])
-def test_a_head_of_the_same_size_is_loaded(build):
+def test_the_head_is_loaded_where_it_is_asked_for(build):
     source, model = build(), build()
     model.head.weight.data.zero_()
-    models.load_backbone(model, source.state_dict())
+    models.load_backbone(model, source.state_dict(), head=True)
     assert torch.equal(model.head.weight, source.head.weight)
+
+
+def test_a_head_of_another_size_is_refused_where_it_is_asked_for():
+    with pytest.raises(ValueError, match="head.weight .*9.*5"):
+        models.load_backbone(tiny_vit(), tiny_vit(outputs=9).state_dict(), head=True)
 
 
 # -------------------------------------------------------------------------------------- links

@@ -106,7 +106,7 @@ def test_the_adapter_on_a_fresh_base_is_the_merged_model(flags, tmp_path):
     models.load_backbone(model, san.read(ROOT / "weights/vit_micro.pt")["state_dict"])
     san.load_adapter(model, tmp_path / "adapter.pt")
     merged = models.build("vit_micro", 2)
-    models.load_backbone(merged, san.read(tmp_path / "merged.pt")["state_dict"])
+    models.load_backbone(merged, san.read(tmp_path / "merged.pt")["state_dict"], head=True)
     images = torch.randn(4, 3, 32, 32)
     with torch.no_grad():
         torch.testing.assert_close(merged(images), model(images), atol=1e-5, rtol=0)
