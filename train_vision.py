@@ -304,11 +304,13 @@ def run(args: argparse.Namespace) -> None:
         f"{set_name}: {len(data.train)} training, {len(data.val)} validation and "
         f"{len(data.test)} test pictures, {sum(data.factors)} classes"
     )
-    if not args.resume:
+    if args.resume:
+        tuning.require_checkpoint(out)
+    else:
+        config = {k: str(v) if k == "device" else v for k, v in vars(args).items()}
+        tuning.write_text(json.dumps(config, indent=1) + "\n", out / "config.json")
         for old in ("adapter.pt", "merged.pt", "model.pt", "metrics.jsonl", "checkpoint.pt"):
             (out / old).unlink(missing_ok=True)
-    config = {k: str(v) if k == "device" else v for k, v in vars(args).items()}
-    tuning.write_text(json.dumps(config, indent=1) + "\n", out / "config.json")
 
     started = time.perf_counter()
     result = {"dataset": set_name, "model": name, "method": args.method, "seed": args.seed}

@@ -179,8 +179,10 @@ def test_resume_refuses_other_settings(flags, tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         stop_after(1, patch)
         assert command(*flags, "--out", tmp_path) == 130
+    config = (tmp_path / "config.json").read_text()
     assert command(*flags, "--out", tmp_path, "--resume", "--seed", 5) == 2
     assert "made with --seed 0, not 5" in capsys.readouterr().err
+    assert (tmp_path / "config.json").read_text() == config
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_epoch(
@@ -278,7 +280,7 @@ def bad_weights(kind: str, folder: Path) -> Path:
     elif kind == "other size":
         torch.save(models.ViT(2, 32, patch=4, dim=24, depth=1, heads=2).state_dict(), path)
     elif kind == "code":
-        path.write_bytes(pickle.dumps(RunsCode(folder / "executed")))
+        path.write_bytes(pickle.dumps(RunsCode(folder / "executed"), protocol=2))
     elif kind == "no weights":
         torch.save({"epoch": 3}, path)
     return path
