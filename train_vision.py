@@ -81,8 +81,6 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
         args.warmup_epochs = args.epochs / 10
     if not (0 <= args.warmup_epochs <= args.epochs and 0 <= args.weight_decay < float("inf")):
         p.error("--warmup-epochs must lie in 0 … --epochs, and --weight-decay be 0 or more")
-    if args.amp is None:
-        args.amp = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
     if args.workers is None:
         args.workers = 0 if sprites else min(8, torch.get_num_threads())
     return args
@@ -99,6 +97,8 @@ def main() -> None:
     args = arguments()
     try:
         args.device = tuning.pick_device(args.device)
+        if args.amp is None:
+            args.amp = args.device.type == "cuda" and torch.cuda.is_bf16_supported()
         if args.evaluate:
             evaluate_run(args)
         elif args.compare:
@@ -256,7 +256,10 @@ def train(model, train_split, val_split, factors, args, out, note) -> list[dict]
 
 
 def train_method(args, data: data_sets.Data, name: str, out: Path | None, note: str):
-    """Build, adapt and train one model; args.method and args.lr say how. → (model, history, …)."""
+    """Build, adapt and train one model, as args.method and args.lr say.
+
+    Returns the model, its history (one record an epoch) and the figures of its training.
+    """
     tuning.peak_memory(args.device, start=True)
     model = load_model(args, name, data.factors).to(args.device)
     tuning.adapt(model, args.method, args)
@@ -300,6 +303,7 @@ def run(args: argparse.Namespace) -> None:
     args.out = args.out or f"runs/{set_name}-{name}-{args.method}-seed{args.seed}"
     out = Path(args.out)
     data = load_data(args, args.task, name)
+    base = load_model(args, name, data.factors).to(args.device)
     print(
         f"{set_name}: {len(data.train)} training, {len(data.val)} validation and "
         f"{len(data.test)} test pictures, {sum(data.factors)} classes"
@@ -315,14 +319,14 @@ def run(args: argparse.Namespace) -> None:
     started = time.perf_counter()
     result = {"dataset": set_name, "model": name, "method": args.method, "seed": args.seed}
     if args.weights != "none" and args.method != "linear":
-        base = load_model(args, name, data.factors).to(args.device)
         linear = argparse.Namespace(**vars(args) | {"lr": tuning.LEARNING_RATES["linear"][1]})
         base.head, _ = probe(base, data, linear, "linear head")
         result["test_linear"] = score(base, data.test, data.factors, args)
     model, history, figures = train_method(args, data, name, out, args.method)
     result |= figures | {"wall": time.perf_counter() - started}
-    if hasattr(model, "_san"):
+    if args.method in ("san", "ssf"):
         san.save_adapter(model, out / "adapter.pt")
+        result["gamma"] = san.summary(model)["layers"]
     elif args.method != "full":
         san.write({"trained": tuning.trained_state(model)}, out / "adapter.pt")
     result |= finish(model, data, args)
@@ -350,6 +354,15 @@ def report(result: dict, saved: Path) -> None:
         f"difference {result['merge_difference']:.1e}, "
         f"{100 * result['merge_same']:.1f} % of the predictions the same"
     )
+    if layers := result.get("gamma", {}).values():
+        up, down = (
+            sum(g[key] for g in layers) / len(layers) for key in ("potentiated", "depressed")
+        )
+        low, high = min(g["min"] for g in layers), max(g["max"] for g in layers)
+        print(
+            f"γ: {100 * up:.0f} % of the channels potentiated, {100 * down:.0f} % depressed, "
+            f"between {low:.2f} and {high:.2f}"
+        )
     print(
         f"saved {saved} and, beside it, {', '.join(sorted(p.name for p in saved.parent.iterdir()))}"
     )

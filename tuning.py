@@ -7,6 +7,7 @@ A method is what it trains: `adapt` prepares a model for it, `fold` makes plain 
 import argparse
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -106,9 +107,16 @@ def count(model: nn.Module) -> tuple[int, int]:
 
 
 def pick_device(name: str) -> torch.device:
-    """'auto' is CUDA where there is one, else the CPU. Raises ValueError for what is not there."""
+    """'auto' is CUDA where there is one, else the CPU. Raises ValueError for what is not there.
+
+    On CUDA it asks torch for its deterministic kernels: same seed, same machine, same result.
+    """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda"):
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid, and slow
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
