@@ -45,7 +45,12 @@ def main() -> None:
     p.add_argument("--device", default="auto")
     p.add_argument("--amp", action="store_true", help="bfloat16 autocast")
     args = p.parse_args()
-    device = tuning.pick_device(args.device)
+    if min(args.depth, args.batch_size, args.rounds) < 1:
+        p.error("--depth, --batch-size and --rounds must be above 0")
+    try:
+        device = tuning.pick_device(args.device)
+    except ValueError as error:
+        p.error(str(error))
     torch.manual_seed(0)
     options = argparse.Namespace(wiring="exact", mode="both", shift=True, rank=8)
     base = models.ViT(100, 224, patch=16, dim=768, depth=args.depth, heads=12).to(device)

@@ -19,7 +19,7 @@ TASKS = ("shape", "location", "orientation", "count")  # of sprites; "source" is
 
 
 class Data(NamedTuple):
-    """Three splits; `factors` holds the number of classes of each factor, one head for each.
+    """A data set's splits; `factors` holds the number of classes of each factor, one head for each.
 
     `plain` is the training split without augmentation, for features that are computed once.
     """
@@ -111,10 +111,12 @@ def wedge(u: Tensor, v: Tensor, tip: float, base: float, half_width: float) -> T
 
 
 def union(*shapes: Tensor) -> Tensor:
+    """Signed distance to what lies in any of the shapes."""
     return torch.stack(shapes).amin(0)
 
 
 def cut(shape: Tensor, hole: Tensor) -> Tensor:
+    """Signed distance to what lies in the shape and not in the hole."""
     return torch.maximum(shape, -hole)
 
 
@@ -158,6 +160,7 @@ def sprites(task: str, source_size: int = 100_000) -> Data:
         sizes, factors = (800, 200, 2000), [5 if task == "count" else FACTORS[task]]
     else:
         raise ValueError(f"task '{task}' is unknown; choose one of source, {', '.join(TASKS)}")
+    # a stream of its own for every task and split, whatever the run's seed
     seeds = [10 * ("source", *TASKS).index(task) + split for split in range(3)]
     train, val, test = (TensorDataset(*draw(task, n, seed)) for n, seed in zip(sizes, seeds))
     return Data(train, train, val, test, factors)
@@ -166,8 +169,8 @@ def sprites(task: str, source_size: int = 100_000) -> Data:
 def draw(task: str, count: int, seed: int) -> tuple[Tensor, Tensor]:
     """`count` pictures (bytes, count×3×32×32) of a sprites task and their labels, count×factors.
 
-    All arithmetic is in float64: what processors round differently there is far too small to
-    change a byte.
+    Positions, distances and colours are float64, so that what processors round differently is
+    far below a byte's step; the tests pin digests of the pictures.
     """
     generator = torch.Generator().manual_seed(seed)
     drawn = [draw_some(task, min(500, count - i), generator) for i in range(0, count, 500)]
@@ -176,6 +179,8 @@ def draw(task: str, count: int, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def draw_some(task: str, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Draw what is in n pictures, then paint: background, clutter, objects. Lengths in pixels."""
+
     def uniform(low: float, high: float, *size: int) -> Tensor:
         draws = torch.rand(*size, dtype=torch.float64, generator=generator)
         return low + (high - low) * draws

@@ -171,9 +171,8 @@ class ConvNeXt(nn.Module):
         if image_size < smallest:
             raise ValueError(f"image size {image_size} is too small; take {smallest} or more")
         self.image_size = image_size
-        rates = torch.linspace(
-            0, drop_path, sum(depths), device="cpu"
-        ).tolist()  # deeper blocks drop more often
+        # deeper blocks drop more often; on the CPU whatever torch's default device is
+        rates = torch.linspace(0, drop_path, sum(depths), device="cpu").tolist()
         self.stem = nn.Sequential(
             nn.Conv2d(3, dims[0], kernel_size=4, stride=4), LayerNorm2d(dims[0], eps=1e-6)
         )

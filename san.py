@@ -1,10 +1,15 @@
 """SAN (Synapse and Neuron) fine-tuning in one file that needs torch alone: copy it and use it.
 
-A frozen layer l computes z = W_l x + b_l. SAN trains one vector γ_l for it, and uses it twice:
+A frozen layer l computes z = W_l x + b_l. SAN trains one vector γ_l for it and uses it twice. The
+layer that reads l's output channels is l's posterior, and l is its anterior; here it is l + 1,
+whatever stands between them (an activation, a norm, attention).
 
 1. feature scaling (the neuron):    y = γ_l ⊙ z, optionally + β_l;
-2. propagation (the synapse):       W'_{l+1} = W_{l+1} diag(γ_l) in the posterior layer l+1;
-3. merge, after training, exactly:  W* = diag(γ_l) W_l diag(γ_{l-1}),  b* = γ_l ⊙ b_l + β_l.
+2. propagation (the synapse):       W_{l+1} diag(γ_l) in place of the posterior's W_{l+1};
+3. merge, after training:           W* = diag(γ_l) W_l diag(γ_{l-1}),  b* = γ_l ⊙ b_l + β_l.
+
+The merge is exact, up to rounding: both diagonals stand next to the same matrix, so nothing is
+assumed of what lies between the layers. In the code γ' is the anterior's γ as this layer reads it.
 
     links = [Link("fc1"), Link("fc2", anterior="fc1")]
     attach(model, links, trainable=["norm", "head"])
@@ -20,7 +25,7 @@ Sources: [P] Dai et al., "SAN", ICML 2025, arXiv 2409.06706; [C] its authors' v1
 import difflib
 import os
 import pickle
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,44 +65,42 @@ class SANLayer(nn.Module):
     None where nothing would read it either.
     """
 
-    def __init__(self, layer: nn.Module, gamma: bool, beta: bool, features: bool):
+    def __init__(self, layer: nn.Module, train_gamma: bool, train_beta: bool, features: bool):
         super().__init__()
         weight = layer.weight
         # trained in float32 at least: steps near 1 are lost to half precision's rounding
         dtype = torch.promote_types(weight.dtype, torch.float32)
         ones = torch.ones(len(weight), dtype=dtype, device=weight.device)
         self.layer = layer
-        self.gamma = nn.Parameter(ones) if gamma else None
-        self.beta = nn.Parameter(torch.zeros_like(ones)) if beta else None
-        self.features = features  # whether γ scales this layer's own output
+        self.gamma = nn.Parameter(ones) if train_gamma else None
+        self.beta = nn.Parameter(torch.zeros_like(ones)) if train_beta else None
+        self.features = features
         self.enabled = True
         # In a tuple, so that torch does not register the anterior layer as a part of this one:
         # its γ is shared, and stays one parameter under one name.
-        self._anterior: tuple[SANLayer, ...] = ()
+        self.anterior: tuple[SANLayer, ...] = ()
         self.register_buffer("index", None, persistent=False)
-
-    def read(self, anterior: "SANLayer", index: Tensor | None) -> None:
-        """Make `anterior`'s γ the one that is propagated to this layer's weight."""
-        self._anterior = (anterior,)
-        self.index = index
 
     def anterior_gamma(self) -> Tensor | None:
         """γ', one entry per input channel, or None without an anterior layer."""
-        if not self._anterior:
+        if not self.anterior:
             return None
-        gamma = self._anterior[0].gamma
+        gamma = self.anterior[0].gamma
         return gamma if self.index is None else gamma[self.index]
 
     def forward(self, x: Tensor) -> Tensor:
-        """The cheap form: (W diag(γ')) x = W (γ' ⊙ x), so autograd never builds W's gradient."""
+        """The cheap form: (W diag(γ')) x = W (γ' ⊙ x), so autograd never builds W's gradient.
+
+        It holds for padded convolutions too: what is padded is zero, or a copy of scaled values.
+        """
         if not self.enabled:
             return self.layer(x)
         x = self._scale(x, self.anterior_gamma())  # 2. propagation, moved from the weight to x
         z = self.layer(x)
-        return self._scale(z, self.gamma if self.features else None, self.beta)  # 1. the features
+        return self._scale(z, self.gamma if self.features else None, self.beta)  # 1. features
 
     def forward_explicit(self, x: Tensor) -> Tensor:
-        """The same, as the paper writes it: γ' is seen acting on the posterior weight's columns."""
+        """The same as `forward`, as the paper writes it: γ' acts on the weight's columns."""
         weight = self.layer.weight * self._columns(self.anterior_gamma())
         weight = weight.to(self.layer.weight.dtype)
         if isinstance(self.layer, nn.Linear):
@@ -108,7 +111,7 @@ class SANLayer(nn.Module):
 
     @torch.no_grad()
     def merged(self) -> nn.Module:
-        """The layer itself, now with W* = diag(γ) W diag(γ') and b* = γ ⊙ b + β.
+        """The layer itself, now with W* = diag(γ) W diag(γ') and b* = γ ⊙ b + β; drop this one.
 
         Folded in float32 (float64 if the weight has it) and rounded to the weight's type once.
         """
@@ -163,6 +166,7 @@ class _Attached:
     first_values: dict[str, Tensor]  # of what `trainable` names
     required_grad: dict[str, bool]
     base_shapes: dict[str, list[int]]  # by state-dict key
+    disabled: bool = False
 
 
 def attach(
@@ -182,7 +186,9 @@ def attach(
 
     Raises ValueError or TypeError, and leaves the model as it was, for a model that has SAN layers,
     an unknown name, a layer linked twice, an anterior that is not linked, an index that does not
-    fit, a layer other than nn.Linear and nn.Conv2d, or a weight tied to another layer's.
+    fit, a layer other than nn.Linear and nn.Conv2d, or a weight tied to another layer's. A parent
+    that reads `layer.weight` instead of calling the layer (nn.TransformerEncoderLayer's fast path)
+    cannot be adapted.
     """
     if hasattr(model, "_san"):
         raise ValueError("this model has SAN layers already; merge or detach it first")
@@ -191,7 +197,7 @@ def attach(
     links = [Link(*link) for link in links]
     trainable = [trainable] if isinstance(trainable, str) else list(trainable)
     modules = dict(model.named_modules(remove_duplicate=False))
-    indices = _check(model, links, modules)
+    links = _check(model, links, modules)
     state = model.state_dict()
     first_values = {}
     for name in trainable:
@@ -212,10 +218,9 @@ def attach(
         trainable=trainable,
         first_values=first_values,
         required_grad={name: p.requires_grad for name, p in model.named_parameters()},
-        base_shapes={key: list(value.shape) for key, value in state.items()},
+        base_shapes=_shapes(state),
     )
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(False)
+    model.requires_grad_(False)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if name in first_values:
             parameter.requires_grad_(True)
@@ -225,19 +230,20 @@ def attach(
         layer = modules[link.layer]
         layers[link.layer] = SANLayer(
             layer,
-            gamma=mode != "propagation" or link.layer in anteriors,
-            beta=shift and layer.bias is not None,
+            train_gamma=mode != "propagation" or link.layer in anteriors,
+            train_beta=shift and layer.bias is not None,
             features=mode != "propagation",
         )
         layers[link.layer].train(layer.training)
         _replace(model, link.layer, layers[link.layer])
-    for link, index in zip(links, indices):
+    for link in links:
         if link.anterior is not None and mode != "feature":
-            layers[link.layer].read(layers[link.anterior], index)
+            layers[link.layer].anterior = (layers[link.anterior],)
+            layers[link.layer].index = link.index
 
 
-def _check(model: nn.Module, links: list[Link], modules: dict) -> list[Tensor | None]:
-    """Raise for the first link that cannot be made; give the indices as tensors."""
+def _check(model: nn.Module, links: list[Link], modules: dict) -> list[Link]:
+    """Raise for the first link that cannot be made; give the links, their indices as tensors."""
     if not links:
         raise ValueError("there is no link; name at least one layer to adapt")
     names = [link.layer for link in links]
@@ -257,45 +263,52 @@ def _check(model: nn.Module, links: list[Link], modules: dict) -> list[Tensor | 
             if len(users[id(parameter)]) > 1:
                 tied = " and ".join(f"'{user}'" for user in users[id(parameter)])
                 raise ValueError(f"{tied} are one tied weight, which SAN would scale for both")
-    indices = []
-    for layer, anterior, index in links:
-        if anterior is None:
-            if index is not None:
-                raise ValueError(f"layer '{layer}' has an index but no anterior layer to read")
-            indices.append(None)
-            continue
-        if anterior not in names:
-            raise ValueError(
-                f"the anterior '{anterior}' of layer '{layer}' is not adapted; link it as well"
-                f"{_closest(anterior, names)}"
-            )
-        weight = modules[layer].weight
-        inputs = weight.shape[1] * getattr(modules[layer], "groups", 1)
-        outputs = len(modules[anterior].weight)
-        length = outputs if index is None else len(index)
-        if length != inputs:
-            what = f"'{anterior}' has" if index is None else "the index has"
-            raise ValueError(
-                f"layer '{layer}' reads {inputs} channels but {what} {length}; give an index of "
-                f"{inputs} channels of '{anterior}'"
-            )
-        if index is None:
-            indices.append(None)
-            continue
-        index = torch.as_tensor(list(index), device=weight.device)
-        if index.is_floating_point() or index.min() < 0 or index.max() >= outputs:
-            raise ValueError(
-                f"the index of layer '{layer}' must be whole numbers from 0 to {outputs - 1}, the "
-                f"output channels of '{anterior}'"
-            )
-        indices.append(index.long())
-    return indices
+    return [link._replace(index=_check_index(link, names, modules)) for link in links]
+
+
+def _check_index(link: Link, names: list[str], modules: dict) -> Tensor | None:
+    layer, anterior, index = link
+    if anterior is None:
+        if index is not None:
+            raise ValueError(f"layer '{layer}' has an index but no anterior layer to read")
+        return None
+    if anterior == layer:
+        raise ValueError(f"layer '{layer}' is linked to itself; its anterior is the layer it reads")
+    if anterior not in names:
+        raise ValueError(
+            f"the anterior '{anterior}' of layer '{layer}' is not adapted; link it as well"
+            f"{_closest(anterior, names)}"
+        )
+    weight = modules[layer].weight
+    inputs = weight.shape[1] * getattr(modules[layer], "groups", 1)
+    outputs = len(modules[anterior].weight)
+    index = index if index is None else list(index)
+    length = outputs if index is None else len(index)
+    if length != inputs:
+        what = f"'{anterior}' has" if index is None else "the index has"
+        raise ValueError(
+            f"layer '{layer}' reads {inputs} channels but {what} {length}; give an index of "
+            f"{inputs} channels of '{anterior}'"
+        )
+    if index is None:
+        return None
+    numbers = [i.item() if isinstance(i, Tensor) else i for i in index]
+    if not all(type(i) is int and 0 <= i < outputs for i in numbers):
+        raise ValueError(
+            f"the index of layer '{layer}' must be whole numbers from 0 to {outputs - 1}, the "
+            f"output channels of '{anterior}'"
+        )
+    return torch.tensor(numbers, device=weight.device)
 
 
 def detach(model: nn.Module) -> None:
-    """Give the base model back, bit for bit: its layers, and the first values of `trainable`."""
+    """Give the base model back, bit for bit: its layers, and the first values of `trainable`.
+
+    A head put in place since then is the caller's own and stays. Raises ValueError for a model
+    without SAN layers or with them disabled.
+    """
     attached = _attached(model)
-    _put_first_values(model, attached)
+    _put(model, attached.first_values)
     for link in attached.links:
         _replace(model, link.layer, model.get_submodule(link.layer).layer)
     _forget(model, attached)
@@ -305,7 +318,7 @@ def merge(model: nn.Module) -> None:
     """Fold every γ and β into plain layers of the original classes, as `SANLayer.merged` writes.
 
     What `trainable` named keeps its trained values. The keys, classes and parameter count are the
-    base model's again. Raises ValueError for a model without SAN layers.
+    base model's again. Raises ValueError for a model without SAN layers or with them disabled.
     """
     attached = _attached(model)
     for link in attached.links:
@@ -315,38 +328,47 @@ def merge(model: nn.Module) -> None:
 
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
-    """Inside, the model computes the base model's output; afterwards the adapted one's again."""
-    attached = _attached(model)
-    layers = [model.get_submodule(link.layer) for link in attached.links]
-    if not layers[0].enabled:  # inside another `disabled`
+    """Inside, the model computes the base model's output; afterwards the adapted one's again.
+
+    Raises ValueError for a model without SAN layers.
+    """
+    if hasattr(model, "_san") and model._san.disabled:  # inside another `disabled`
         yield
         return
+    attached = _attached(model)
+    layers = [model.get_submodule(link.layer) for link in attached.links]
     state = model.state_dict()
-    trained = {key: state[key].clone() for key in attached.first_values}
+    trained = {key: state[key].clone() for key in attached.first_values if key in state}
     try:
+        attached.disabled = True
         for layer in layers:
             layer.enabled = False
-        _put_first_values(model, attached)
+        _put(model, attached.first_values)
         yield
     finally:
+        attached.disabled = False
         for layer in layers:
             layer.enabled = True
-        for key, value in trained.items():
-            model.state_dict()[key].data.copy_(value)
+        _put(model, trained)
 
 
 def _attached(model: nn.Module) -> _Attached:
     if not hasattr(model, "_san"):
         raise ValueError("this model has no SAN layers (never attached, or merged or detached)")
+    if model._san.disabled:
+        raise ValueError("the SAN layers are disabled; do this outside of `disabled`")
     return model._san
 
 
-@torch.no_grad()
-def _put_first_values(model: nn.Module, attached: _Attached) -> None:
+def _put(model: nn.Module, values: dict[str, Tensor]) -> None:
     state = model.state_dict()
-    for key, value in attached.first_values.items():
+    for key, value in values.items():
         if key in state and state[key].shape == value.shape:  # a head put there since is not ours
             state[key].data.copy_(value)  # .data: a backward pass may be under way
+
+
+def _shapes(state: dict[str, Tensor]) -> dict[str, list[int]]:
+    return {key: list(value.shape) for key, value in state.items()}
 
 
 def _forget(model: nn.Module, attached: _Attached) -> None:
@@ -368,19 +390,23 @@ def _closest(name: str, names: list[str]) -> str:
 # ---------------------------------------------------------------------------- files and figures
 
 
-def write(content: Any, path: str | os.PathLike) -> None:
-    """torch.save to a temporary file, then rename: a file is whole or absent. Raises OSError."""
+def write(content: Any, path: str | os.PathLike, save: Callable | None = None) -> None:
+    """save(content, file), torch.save by default, to a temporary file that is then renamed.
+
+    The file is whole or absent, whatever happens. Raises OSError if it cannot be written.
+    """
     path = Path(path)
     temporary = path.with_name(f"{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(content, temporary)
+        (save or torch.save)(content, temporary)
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        raise OSError(f"could not write {path}: {str(error).splitlines()[0]}") from error
-    finally:
+    except BaseException as error:
         if temporary.exists():
             temporary.unlink()
+        if isinstance(error, (OSError, RuntimeError)):  # a full disk is a RuntimeError to torch
+            raise OSError(f"could not write {path}: {str(error).splitlines()[0]}") from error
+        raise
 
 
 def read(path: str | os.PathLike) -> Any:
@@ -392,6 +418,8 @@ def read(path: str | os.PathLike) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"there is no file {path}") from error
+    except OSError as error:
+        raise OSError(f"could not read {path}: {error.strerror or error}") from error
     except pickle.UnpicklingError as error:
         raise OSError(f"{path} is refused: it is no file of tensors and plain values") from error
     except Exception as error:  # torch's unpickler raises almost anything on broken bytes
@@ -405,26 +433,17 @@ def save_adapter(model: nn.Module, path: str | os.PathLike) -> None:
     be written.
     """
     attached = _attached(model)
-    state = model.state_dict()
-    layers = {link.layer: model.get_submodule(link.layer) for link in attached.links}
-    if not all(layer.enabled for layer in layers.values()):
-        raise ValueError("the SAN layers are disabled; save the adapter outside of `disabled`")
-    links = [
-        (link.layer, link.anterior, None if link.index is None else torch.tensor([*link.index]))
-        for link in attached.links
-    ]
-    content = {
-        "san": 1,
-        "links": links,
-        "mode": attached.mode,
-        "shift": attached.shift,
-        "trainable": attached.trainable,
-        "base_shapes": attached.base_shapes,
-        "gamma": {name: x.gamma.data for name, x in layers.items() if x.gamma is not None},
-        "beta": {name: x.beta.data for name, x in layers.items() if x.beta is not None},
-        "trained": {key: state[key].clone() for key in attached.first_values},
-    }
+    settings = {key: getattr(attached, key) for key in ("mode", "shift", "trainable")}
+    content = {"links": [tuple(link) for link in attached.links], "settings": settings}
+    content |= {"san": 1, "base_shapes": attached.base_shapes, "values": _trained(model)}
     write(content, path)
+
+
+def _trained(model: nn.Module) -> dict[str, Tensor]:
+    """What training changes, by state-dict key: every γ and β, and what `trainable` named."""
+    keys = {f"{link.layer}.{v}" for link in model._san.links for v in ("gamma", "beta")}
+    keys |= {*model._san.first_values}
+    return {key: value.clone() for key, value in model.state_dict().items() if key in keys}
 
 
 def load_adapter(model: nn.Module, path: str | os.PathLike) -> None:
@@ -438,39 +457,32 @@ def load_adapter(model: nn.Module, path: str | os.PathLike) -> None:
         raise ValueError(f"{path} is not an adapter that save_adapter wrote")
     if hasattr(model, "_san"):
         raise ValueError("this model has SAN layers already; load onto a fresh base model")
-    own = {key: list(value.shape) for key, value in model.state_dict().items()}
-    parts = ("links", "mode", "shift", "trainable", "base_shapes", "gamma", "beta", "trained")
-    if missing := [part for part in parts if part not in content]:
-        raise ValueError(f"{path} is a broken adapter: it has no {', '.join(missing)}")
-    base = content["base_shapes"]
-    differ = [key for key in [*base, *own] if base.get(key) != own.get(key)]
-    if differ:
+    own = _shapes(model.state_dict())
+    try:
+        base = dict(content["base_shapes"])
+        differ = [key for key in dict.fromkeys([*base, *own]) if base.get(key) != own.get(key)]
         first = [
             f"{key} ({base.get(key, 'missing')} there, {own.get(key, 'missing')} here)"
-            for key in list(dict.fromkeys(differ))[:3]
+            for key in differ[:3]
         ]
-        raise ValueError(f"{path} was trained on another base model: {'; '.join(first)}")
-    links = [Link(*link) for link in content["links"]]
-    settings = {key: content[key] for key in ("mode", "shift", "trainable")}
-    attach(model, links, **settings)
-    state = model.state_dict()
-    try:
-        for kind in ("gamma", "beta"):
-            for name, value in content[kind].items():
-                getattr(model.get_submodule(name), kind).data.copy_(value)
-        for key, value in content["trained"].items():
-            state[key].data.copy_(value)
-    except (AttributeError, KeyError, RuntimeError, TypeError) as error:
+        if differ:
+            raise ValueError(f"{path} was trained on another base model: {'; '.join(first)}")
+        attach(model, content["links"], **content["settings"])
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is a broken adapter: {error!r}") from error
+    values = content.get("values")
+    if not isinstance(values, dict) or _shapes(values) != _shapes(_trained(model)):
         detach(model)
-        raise ValueError(f"{path} is a broken adapter: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"{path} is a broken adapter: its values do not fit its own links")
+    _put(model, values)
 
 
 def summary(model: nn.Module) -> dict[str, Any]:
     """Counts of the adapted model's parameters, and what each layer's γ has become.
 
     trainable, total: numbers of parameters; percent: 100 · trainable / total;
-    layers: name → share of channels potentiated (γ > 1: LTP [P]) and depressed (γ < 1: LTD [P]),
-    each 0 … 1, and γ's min and max.
+    layers: name → share of channels potentiated (γ > 1, long-term potentiation [P]) and depressed
+    (γ < 1, long-term depression [P]), each 0 … 1, and γ's min and max.
     """
     attached = _attached(model)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)

@@ -61,7 +61,7 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     add("--weight-decay", type=float, default=0.0)
     add("--warmup-epochs", type=float, help="by default a tenth of the epochs")
     add("--image-size", type=positive, help="by default what the model is made for")
-    add("--seed", type=int, default=0)
+    add("--seed", type=int, default=0, choices=range(10_000), metavar="0…9999")
     add("--device", default="auto", help="cpu, cuda, …")
     add("--amp", action=argparse.BooleanOptionalAction, help="bfloat16 autocast; on where fast")
     add("--workers", type=int, help="processes that load pictures")
@@ -73,6 +73,8 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     args = p.parse_args(words)
     sprites = args.dataset == "sprites"
     args.model = args.model or ["vit_micro" if sprites else "vit_b16"]
+    if args.compare and (args.resume or args.seed):
+        p.error("--compare takes --seeds, the number of them, and goes on by itself")
     if not args.compare and (len(args.model) > 1 or args.task == "all"):
         p.error("several models or tasks at once go with --compare")
     if args.lr is not None and not 0 < args.lr < float("inf"):
@@ -124,7 +126,7 @@ def how_to_go_on(args: argparse.Namespace) -> str:
         return f"every finished method is kept; to go on: {shlex.join(command)}"
     checkpoint = Path(args.out or "") / "checkpoint.pt"
     if args.evaluate or not checkpoint.is_file():
-        return "no epoch was finished, start again"
+        return "nothing was finished yet, start again with the same command"
     epoch = len(san.read(checkpoint)["history"])
     return f"epoch {epoch} is kept in {checkpoint}; to go on: {shlex.join([*command, '--resume'])}"
 
@@ -255,14 +257,20 @@ def train(model, train_split, val_split, factors, args, out, note) -> list[dict]
     return tuning.fit(model, loader(train_split, args, True), loss_of, validate, args, out, note)
 
 
-def train_method(args, data: data_sets.Data, name: str, out: Path | None, note: str):
-    """Build, adapt and train one model, as args.method and args.lr say.
+def adapted_model(args, name: str, factors: list[int]) -> nn.Module:
+    """A base model made ready for args.method, on the device. Raises as load_model and attach."""
+    model = load_model(args, name, factors)
+    tuning.adapt(model, args.method, args)
+    return model.to(args.device)
 
-    Returns the model, its history (one record an epoch) and the figures of its training.
+
+def train_method(model: nn.Module, data: data_sets.Data, args, out: Path | None, note: str):
+    """Train an adapted model in place, as args.method and args.lr say.
+
+    Returns its history (one record an epoch) and figures: trainable (count), percent of all,
+    seconds an epoch, peak memory in MB, and val, the last validation accuracy, 0 … 1.
     """
     tuning.peak_memory(args.device, start=True)
-    model = load_model(args, name, data.factors).to(args.device)
-    tuning.adapt(model, args.method, args)
     trainable, total = tuning.count(model)
     percent = f"{100 * trainable / total:.2f} %"
     print(f"{note}: trains {trainable:,} of {total:,} parameters, {percent}, at lr {args.lr:g}")
@@ -277,11 +285,15 @@ def train_method(args, data: data_sets.Data, name: str, out: Path | None, note: 
         "memory": tuning.peak_memory(args.device),
         "val": history[-1]["val"],
     }
-    return model, history, figures
+    return history, figures
 
 
 def finish(model: nn.Module, data: data_sets.Data, args) -> dict:
-    """Score the adapted model on the test split, merge it in place, and score it again."""
+    """Score the adapted model on the test split, merge it in place, and score it again.
+
+    Returns test and test_merged (accuracy, 0 … 1, the mean over factors), each factor's, and
+    what tuning.compare_outputs says.
+    """
     model.eval()
     adapted, labels = outputs_of(model, data.test, args, "test, adapted")
     tuning.fold(model)
@@ -304,6 +316,7 @@ def run(args: argparse.Namespace) -> None:
     out = Path(args.out)
     data = load_data(args, args.task, name)
     base = load_model(args, name, data.factors).to(args.device)
+    model = adapted_model(args, name, data.factors)  # all that can be refused is, before writing
     print(
         f"{set_name}: {len(data.train)} training, {len(data.val)} validation and "
         f"{len(data.test)} test pictures, {sum(data.factors)} classes"
@@ -311,10 +324,16 @@ def run(args: argparse.Namespace) -> None:
     if args.resume:
         tuning.require_checkpoint(out)
     else:
+        names = ("adapter.pt", "merged.pt", "model.pt", "metrics.jsonl", "checkpoint.pt")
+        files = [out / name for name in names if (out / name).exists()]
+        if files and not (out / "config.json").exists():
+            raise ValueError(
+                f"{files[0]} is not from a run and would be lost; choose another --out"
+            )
         config = {k: str(v) if k == "device" else v for k, v in vars(args).items()}
         tuning.write_text(json.dumps(config, indent=1) + "\n", out / "config.json")
-        for old in ("adapter.pt", "merged.pt", "model.pt", "metrics.jsonl", "checkpoint.pt"):
-            (out / old).unlink(missing_ok=True)
+        for old in files:
+            old.unlink(missing_ok=True)
 
     started = time.perf_counter()
     result = {"dataset": set_name, "model": name, "method": args.method, "seed": args.seed}
@@ -322,7 +341,8 @@ def run(args: argparse.Namespace) -> None:
         linear = argparse.Namespace(**vars(args) | {"lr": tuning.LEARNING_RATES["linear"][1]})
         base.head, _ = probe(base, data, linear, "linear head")
         result["test_linear"] = score(base, data.test, data.factors, args)
-    model, history, figures = train_method(args, data, name, out, args.method)
+    del base
+    history, figures = train_method(model, data, args, out, args.method)
     result |= figures | {"wall": time.perf_counter() - started}
     if args.method in ("san", "ssf"):
         san.save_adapter(model, out / "adapter.pt")
@@ -360,8 +380,8 @@ def report(result: dict, saved: Path) -> None:
         )
         low, high = min(g["min"] for g in layers), max(g["max"] for g in layers)
         print(
-            f"γ: {100 * up:.0f} % of the channels potentiated, {100 * down:.0f} % depressed, "
-            f"between {low:.2f} and {high:.2f}"
+            f"γ: a layer has {100 * up:.0f} % of its channels potentiated and {100 * down:.0f} % "
+            f"depressed on average; from {low:.2f} to {high:.2f}"
         )
     print(
         f"saved {saved} and, beside it, {', '.join(sorted(p.name for p in saved.parent.iterdir()))}"
@@ -373,16 +393,17 @@ def evaluate_run(args: argparse.Namespace) -> None:
     folder = Path(args.evaluate)
     try:
         config = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise OSError(f"{folder} is no saved run: config.json is missing or broken") from error
-    own = {key: getattr(args, key) for key in ("device", "workers", "data_dir")}
-    saved = argparse.Namespace(**config | own)
-    name = saved.model[0]
-    path = folder / ("model.pt" if saved.method == "full" else "merged.pt")
-    content = san.read(path)
+        own = {key: getattr(args, key) for key in ("device", "workers", "data_dir")}
+        saved = argparse.Namespace(**config | own)
+        name = saved.model[0]
+        path = folder / ("model.pt" if saved.method == "full" else "merged.pt")
+        content = san.read(path)
+        state, factors, size = (content[key] for key in ("state_dict", "factors", "image_size"))
+    except (ValueError, TypeError, KeyError, AttributeError, FileNotFoundError) as error:
+        raise OSError(f"{folder} is no finished run that can be scored: {error}") from error
     data = load_data(saved, saved.task, name)
-    model = models.build(name, sum(content["factors"]), content["image_size"])
-    models.load_backbone(model, content["state_dict"], head=True)
+    model = models.build(name, sum(factors), size)
+    models.load_backbone(model, state, head=True)
     model.to(args.device)
     print(f"test accuracy of {path}  {100 * score(model, data.test, data.factors, saved):.2f} %")
 
@@ -399,10 +420,14 @@ def compare(args: argparse.Namespace) -> None:
     """
     sprites = args.dataset == "sprites"
     tasks = data_sets.TASKS if sprites and args.task == "all" else [args.task]
-    out = Path(args.out or f"runs/compare-{Path(args.dataset).name}")
+    out = Path(args.out or f"runs/compare-{name_of(args, args.task)}")
     path, done = out / "results.jsonl", []
     if path.exists():
-        done = [json.loads(line) for line in path.read_text().splitlines()]
+        try:
+            done = [json.loads(line) for line in path.read_text().splitlines()]
+            done = [row for row in done if row["options"] and row["runs"]]
+        except (ValueError, TypeError, KeyError) as error:
+            raise OSError(f"{path} is broken; move it away and start again") from error
     options = tuning.settings(args) | {"task": None, "model": None, "method": None}
     for name in args.model:
         for task in tasks:
@@ -421,23 +446,39 @@ def compare(args: argparse.Namespace) -> None:
 
 
 def compare_one(args, data: data_sets.Data, name: str, method: str) -> dict:
-    """Search the learning rate of one method, then train and score it with every seed."""
-    results, tried = [], {}
-    best = None
-    for rate in [args.lr] if args.lr else tuning.LEARNING_RATES[method]:
-        run_args = argparse.Namespace(**vars(args) | {"method": method, "lr": rate, "seed": 0})
-        model, _, figures = train_method(run_args, data, name, None, f"{name} {method} {rate:g}")
+    """Search the learning rate of one method, then train and score it with every seed.
+
+    A rate at which the loss does not stay finite is out of the search, and recorded as None.
+    """
+
+    def trained(rate: float, seed: int) -> tuple:
+        own = argparse.Namespace(**vars(args) | {"method": method, "lr": rate, "seed": seed})
+        model = adapted_model(own, name, data.factors)
+        _, figures = train_method(model, data, own, None, f"{name} {method} seed {seed}")
+        model.zero_grad()  # the best is kept while others train: without its gradients
+        print(f"  validation {100 * figures['val']:.1f} %", flush=True)
+        return model, figures
+
+    best, tried = None, {}
+    rates = [args.lr] if args.lr else tuning.LEARNING_RATES[method]
+    for rate in rates:
+        try:
+            model, figures = trained(rate, seed=0)
+        except FloatingPointError as error:
+            tried[f"{rate:g}"] = None
+            print(f"  {error}")
+            continue
         tried[f"{rate:g}"] = figures["val"]
-        print(f"  validation {100 * figures['val']:.1f} %")
         if best is None or figures["val"] > best[2]["val"]:
-            best = run_args, model, figures
-    run_args, model, figures = best
-    results.append(figures | finish(model, data, run_args))
+            best = rate, model, figures
+    if best is None:
+        raise FloatingPointError(f"{method} stayed finite at none of the learning rates {rates}")
+    rate, model, figures = best
+    results = [figures | finish(model, data, args)]
     for seed in range(1, args.seeds):
-        run_args.seed = seed
-        model, _, figures = train_method(run_args, data, name, None, f"{name} {method} seed {seed}")
-        results.append(figures | finish(model, data, run_args))
-    return {"lr": run_args.lr, "tried": tried, "runs": results}
+        model, figures = trained(rate, seed)
+        results.append(figures | finish(model, data, args))
+    return {"lr": rate, "tried": tried, "runs": results}
 
 
 def table(rows: list[dict]) -> str:

@@ -1,7 +1,8 @@
-"""What both training scripts share: the methods, the loop, checkpoints, the merge check, the table.
+"""What training scripts share: the methods, the loop, checkpoints, the merge check, the table.
 
 A method is what it trains: `adapt` prepares a model for it, `fold` makes plain layers of it again.
 `fit` is the one training loop; an epoch that has ended is on disk and can be resumed from.
+[P] the paper, [C] the authors' v1 code, [S] SSF, [us] our choice, as in san.py.
 """
 
 import argparse
@@ -36,7 +37,7 @@ class LoRALayer(nn.Module):
     """A frozen nn.Linear or nn.Conv2d plus a trained update of low rank: W + (α/r) B A.
 
     B: out×r, zeros at the start; A: r×(all inputs of one output), Kaiming-uniform (Hu et al. 2022).
-    A convolution's kernel counts as a matrix, out × in/groups·kh·kw.
+    A convolution's kernel counts as a matrix, out × in/groups·kh·kw. x and output: as the layer's.
     """
 
     def __init__(self, layer: nn.Module, rank: int, alpha: float):
@@ -93,7 +94,7 @@ def fold(model: nn.Module) -> None:
 
 
 def trained_state(model: nn.Module) -> dict[str, Tensor]:
-    """What requires a gradient, by name: all that a checkpoint has to hold of the model."""
+    """Name → values of what requires a gradient: all that a checkpoint must hold of the model."""
     return {name: p.data for name, p in model.named_parameters() if p.requires_grad}
 
 
@@ -216,12 +217,14 @@ def require_finite(
 
 def settings(args: argparse.Namespace) -> dict:
     """The settings that decide a run's numbers; where it writes and how it loads do not."""
-    free = ("out", "resume", "device", "workers", "data_dir", "evaluate", "compare", "bench")
+    free = ("out", "resume", "device", "workers", "data_dir", "evaluate", "compare")
     return {key: value for key, value in vars(args).items() if key not in free}
 
 
 def require_checkpoint(out: Path) -> None:
-    """Raise ValueError if the folder `out` holds nothing to resume from."""
+    """Raise ValueError if the folder `out` holds nothing to resume from, or a finished run."""
+    if any((out / name).is_file() for name in ("merged.pt", "model.pt")):
+        raise ValueError(f"the run in {out} is finished; score it with --evaluate {out}")
     if not (out / "checkpoint.pt").is_file():
         raise ValueError(f"there is no checkpoint in {out} to resume; start without --resume")
 
@@ -229,15 +232,20 @@ def require_checkpoint(out: Path) -> None:
 def resume(
     checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer, args: argparse.Namespace
 ) -> list[dict]:
-    """Put a checkpoint's epoch back into model and optimizer; its history so far is returned."""
+    """Put a checkpoint's epoch back into model and optimizer; its history so far is returned.
+
+    Raises ValueError if it was made with other settings, OSError if it is broken.
+    """
     content = san.read(checkpoint)
+    if not isinstance(content, dict) or not {"settings", "model", "optimizer"} <= content.keys():
+        raise OSError(f"{checkpoint} is no checkpoint of a run; remove it and start again")
     old, new = content["settings"], settings(args)
     other = [key for key in new if old.get(key) != new[key]]
     if other:
         key = other[0]
         raise ValueError(
-            f"{checkpoint} was made with --{key.replace('_', '-')} {old.get(key)}, not {new[key]}; "
-            "resume with the same settings"
+            f"{checkpoint} was made with {key} = {old.get(key)}, not {new[key]}; resume with the "
+            "same settings"
         )
     own = dict(model.named_parameters())
     with torch.no_grad():
@@ -270,7 +278,11 @@ def peak_memory(device: torch.device, start: bool = False) -> float:
 
 
 def compare_outputs(adapted: Tensor, merged: Tensor) -> dict:
-    """Do two models' outputs, pictures×classes, agree? Largest difference and same predictions."""
+    """Do two models' outputs, pictures×classes, agree?
+
+    merge_difference: the largest absolute difference; merge_same: the share of pictures, 0 … 1,
+    with the same largest output.
+    """
     difference = (adapted - merged).abs().max().item()
     same = (adapted.argmax(-1) == merged.argmax(-1)).float().mean().item()
     return {"merge_difference": difference, "merge_same": same}
@@ -278,16 +290,7 @@ def compare_outputs(adapted: Tensor, merged: Tensor) -> dict:
 
 def write_text(text: str, path: Path) -> None:
     """Write a small text file whole or not at all. Raises OSError."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text)
-        temporary.replace(path)
-    except OSError as error:
-        raise OSError(f"could not write {path}: {error.strerror}") from error
-    finally:
-        if path.parent.is_dir():
-            temporary.unlink(missing_ok=True)
+    san.write(text, path, save=lambda content, file: file.write_text(content))
 
 
 def write_json_lines(records: list[dict], path: Path) -> None:

@@ -579,3 +579,34 @@ model = torch.nn.Sequential(torch.nn.Linear(3, 2))
 san.attach(model, [san.Link("0")]); san.merge(model); print(type(model[0]).__name__)"""
     ran = subprocess.run([sys.executable, "-I", "-c", use], capture_output=True, text=True)
     assert (ran.returncode, ran.stdout) == (0, "Linear\n"), ran.stderr
+
+
+# ------------------------------------------------- what the second use of γ adds, as README says
+
+
+def test_through_gelu_san_reaches_what_feature_scaling_cannot_and_through_relu_it_is_a_square():
+    z, gamma = torch.linspace(-3, 3, 200).double(), 1.5
+    k = torch.linspace(-9, 9, 2000).double()[:, None]
+
+    def smallest_gap(f):
+        return (gamma * f(gamma * z) - f(k * z)).abs().amax(1).min().item()
+
+    assert smallest_gap(nn.functional.gelu) > 0.05
+    assert smallest_gap(nn.functional.relu) < 0.02  # the grid's step: k = 2.25 is gamma squared
+    torch.testing.assert_close(gamma * torch.relu(gamma * z), torch.relu(gamma**2 * z))
+
+
+def test_a_trained_norm_can_absorb_what_is_propagated_through_it():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 6), nn.LayerNorm(6), nn.Linear(6, 3)).double()
+    other = copy.deepcopy(model)
+    attach(model, [Link("0"), Link("2", "0")])
+    attach(other, [Link("0"), Link("2", "0")], mode="feature", trainable=["1"])
+    gamma = torch.rand(6).double() + 0.5
+    for adapted in (model, other):
+        adapted[0].gamma.data.copy_(gamma)
+    x = torch.randn(8, 5).double()
+    assert not torch.allclose(model(x), other(x))
+    other[1].weight.data.mul_(gamma)
+    other[1].bias.data.mul_(gamma)
+    torch.testing.assert_close(model(x), other(x), atol=1e-12, rtol=1e-12)

@@ -147,9 +147,9 @@ def stop_after(epochs: int, monkeypatch) -> None:
     """Press Ctrl-C when that many epochs have been checkpointed."""
     write, count = san.write, []
 
-    def write_and_stop(content, path):
-        write(content, path)
-        count.append(path)
+    def write_and_stop(content, path, save=None):
+        write(content, path, save)
+        count.extend([path] if path.name == "checkpoint.pt" else [])
         if len(count) == epochs:
             raise KeyboardInterrupt
 
@@ -181,7 +181,7 @@ def test_resume_refuses_other_settings(flags, tmp_path, monkeypatch, capsys):
         assert command(*flags, "--out", tmp_path) == 130
     config = (tmp_path / "config.json").read_text()
     assert command(*flags, "--out", tmp_path, "--resume", "--seed", 5) == 2
-    assert "made with --seed 0, not 5" in capsys.readouterr().err
+    assert "made with seed = 0, not 5" in capsys.readouterr().err
     assert (tmp_path / "config.json").read_text() == config
 
 
@@ -319,7 +319,7 @@ def test_weights_that_cannot_be_used_are_refused(kind, code, words, flags, tmp_p
         (["--resume"], 2, "no checkpoint"),
         (["--task", "all"], 2, "--compare"),
         (["--image-size", "30"], 2, "sprites are 32 px"),
-        (["--evaluate", "nowhere"], 1, "no saved run"),
+        (["--evaluate", "nowhere"], 1, "no finished run"),
         (["--model", "convnext_micro", "--wiring", "authors"], 2, "ViT alone"),
         (["--weights", "imagenet1k"], 2, "no imagenet1k weights for vit_micro"),
     ],
@@ -329,6 +329,33 @@ def test_bad_flags_are_one_sentence(words, code, message, tmp_path, capsys):
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error
     assert len(error.strip().splitlines()[-1]) < 600
+
+
+def test_a_command_that_is_refused_keeps_what_an_earlier_run_saved(flags, tmp_path):
+    assert command(*flags, "--out", tmp_path) == 0
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    wrong = ["--model", "convnext_micro", "--weights", "none", "--wiring", "authors"]
+    assert command(*flags, *wrong, "--out", tmp_path) == 2
+    assert command(*flags, "--weights", "missing.pt", "--out", tmp_path) == 1
+    assert command(*flags, "--resume", "--out", tmp_path) == 2
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_files_that_are_not_from_a_run_are_never_replaced(flags, tmp_path, capsys):
+    (tmp_path / "model.pt").write_bytes(b"somebody's own")
+    assert command(*flags, "--out", tmp_path) == 2
+    assert "would be lost" in capsys.readouterr().err
+    assert (tmp_path / "model.pt").read_bytes() == b"somebody's own"
+
+
+def test_a_diverging_rate_is_out_of_the_search_and_does_not_end_the_comparison(
+    flags, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(tuning, "METHODS", ("full",))
+    monkeypatch.setattr(tuning, "LEARNING_RATES", {"full": (1e-4, 1e30)})
+    assert command(*flags, "--epochs", 1, "--compare", "--seeds", 1, "--out", tmp_path) == 0
+    (row,) = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert row["lr"] == 1e-4 and row["tried"]["1e+30"] is None
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
