@@ -262,50 +262,25 @@ def background(kind: Tensor, uniform, px: Tensor, py: Tensor) -> Tensor:
 
 # name: torchvision's class, the folder it keeps its files in below --data-dir, arguments of its
 # training, validation (None: it has none) and test split (None: it has no split), classes
+# fmt: off
+TRAIN, VAL, TEST = {"split": "train"}, {"split": "val"}, {"split": "test"}
 TORCHVISION = {
     "cifar10": ("CIFAR10", "", {"train": True}, None, {"train": False}, 10),
     "cifar100": ("CIFAR100", "", {"train": True}, None, {"train": False}, 100),
-    "svhn": ("SVHN", "", {"split": "train"}, None, {"split": "test"}, 10),
-    "flowers102": (
-        "Flowers102",
-        "flowers-102",
-        {"split": "train"},
-        {"split": "val"},
-        {"split": "test"},
-        102,
-    ),
-    "oxford_pets": (
-        "OxfordIIITPet",
-        "oxford-iiit-pet",
-        {"split": "trainval"},
-        None,
-        {"split": "test"},
-        37,
-    ),
-    "dtd": ("DTD", "dtd", {"split": "train"}, {"split": "val"}, {"split": "test"}, 47),
+    "svhn": ("SVHN", "", TRAIN, None, TEST, 10),
+    "flowers102": ("Flowers102", "flowers-102", TRAIN, VAL, TEST, 102),
+    "oxford_pets": ("OxfordIIITPet", "oxford-iiit-pet", {"split": "trainval"}, None, TEST, 37),
+    "dtd": ("DTD", "dtd", TRAIN, VAL, TEST, 47),
     "eurosat": ("EuroSAT", "eurosat", {}, None, None, 10),
-    "food101": ("Food101", "", {"split": "train"}, None, {"split": "test"}, 101),
-    "stanford_cars": (
-        "StanfordCars",
-        "stanford_cars",
-        {"split": "train"},
-        None,
-        {"split": "test"},
-        196,
-    ),
+    "food101": ("Food101", "", TRAIN, None, TEST, 101),
+    "stanford_cars": ("StanfordCars", "stanford_cars", TRAIN, None, TEST, 196),
     "caltech101": ("Caltech101", "caltech101", {}, None, None, 101),
     "sun397": ("SUN397", "", {}, None, None, 397),
-    "pcam": ("PCAM", "pcam", {"split": "train"}, {"split": "val"}, {"split": "test"}, 2),
+    "pcam": ("PCAM", "pcam", TRAIN, VAL, TEST, 2),
     # CLEVR's own test pictures carry no counts; VTAB-1k scores on its validation split, and so we
-    "clevr_count": (
-        "CLEVRClassification",
-        "clevr",
-        {"split": "train"},
-        None,
-        {"split": "val"},
-        8,
-    ),
+    "clevr_count": ("CLEVRClassification", "clevr", TRAIN, None, VAL, 8),
 }
+# fmt: on
 
 
 class Single(Dataset):

@@ -97,7 +97,8 @@ def positive(word: str) -> int:
 
 def main() -> None:
     args = arguments()
-    try:
+
+    def work() -> None:
         args.device = tuning.pick_device(args.device)
         if args.amp is None:
             args.amp = args.device.type == "cuda" and torch.cuda.is_bf16_supported()
@@ -107,28 +108,8 @@ def main() -> None:
             compare(args)
         else:
             run(args)
-    except KeyboardInterrupt:
-        print(f"\nstopped; {how_to_go_on(args)}", file=sys.stderr)
-        sys.exit(130)
-    except ValueError as error:
-        print(f"train_vision.py: {error}", file=sys.stderr)
-        sys.exit(2)
-    except (OSError, FloatingPointError, torch.OutOfMemoryError) as error:
-        print(f"train_vision.py: {error}", file=sys.stderr)
-        sys.exit(1)
 
-
-def how_to_go_on(args: argparse.Namespace) -> str:
-    """What a run that was stopped by hand has kept, and the command that continues it."""
-    words = [word for word in sys.argv[1:] if word != "--resume"]
-    command = ["python", "train_vision.py", *words]
-    if args.compare:
-        return f"every finished method is kept; to go on: {shlex.join(command)}"
-    checkpoint = Path(args.out or "") / "checkpoint.pt"
-    if args.evaluate or not checkpoint.is_file():
-        return "nothing was finished yet, start again with the same command"
-    epoch = len(san.read(checkpoint)["history"])
-    return f"epoch {epoch} is kept in {checkpoint}; to go on: {shlex.join([*command, '--resume'])}"
+    tuning.guard(work, args)
 
 
 # --------------------------------------------------------------------------- model, loss, scores
@@ -436,71 +417,25 @@ def compare(args: argparse.Namespace) -> None:
                 key = {"task": name_of(args, task), "model": name, "method": method}
                 if any(row["options"] == options and key.items() <= row.items() for row in done):
                     continue
-                done.append(key | compare_one(args, data, name, method) | {"options": options})
+                row = compare_one(args, data, name, method)
+                done.append(key | row | {"options": options})
                 tuning.write_json_lines(done, path)
     rows = [row for row in done if row["options"] == options]
     command = shlex.join(["python", "train_vision.py", *sys.argv[1:]])
-    text = f"`{command}`\n\n{table(rows)}"
+    text = f"`{command}`\n\n{tuning.table(rows)}"
     tuning.write_text(text, out / "table.md")
     print(f"\n{text}\nsaved {out / 'table.md'}")
 
 
 def compare_one(args, data: data_sets.Data, name: str, method: str) -> dict:
-    """Search the learning rate of one method, then train and score it with every seed.
+    """tuning.search for one method, with this script's model, training and scores."""
 
-    A rate at which the loss does not stay finite is out of the search, and recorded as None.
-    """
-
-    def trained(rate: float, seed: int) -> tuple:
-        own = argparse.Namespace(**vars(args) | {"method": method, "lr": rate, "seed": seed})
+    def train_one(own: argparse.Namespace) -> tuple[nn.Module, dict]:
         model = adapted_model(own, name, data.factors)
-        _, figures = train_method(model, data, own, None, f"{name} {method} seed {seed}")
-        model.zero_grad()  # the best is kept while others train: without its gradients
-        print(f"  validation {100 * figures['val']:.1f} %", flush=True)
-        return model, figures
+        note = f"{name} {own.method} seed {own.seed}"
+        return model, train_method(model, data, own, None, note)[1]
 
-    best, tried = None, {}
-    rates = [args.lr] if args.lr else tuning.LEARNING_RATES[method]
-    for rate in rates:
-        try:
-            model, figures = trained(rate, seed=0)
-        except FloatingPointError as error:
-            tried[f"{rate:g}"] = None
-            print(f"  {error}")
-            continue
-        tried[f"{rate:g}"] = figures["val"]
-        if best is None or figures["val"] > best[2]["val"]:
-            best = rate, model, figures
-    if best is None:
-        raise FloatingPointError(f"{method} stayed finite at none of the learning rates {rates}")
-    rate, model, figures = best
-    results = [figures | finish(model, data, args)]
-    for seed in range(1, args.seeds):
-        model, figures = trained(rate, seed)
-        results.append(figures | finish(model, data, args))
-    return {"lr": rate, "tried": tried, "runs": results}
-
-
-def table(rows: list[dict]) -> str:
-    """One Markdown row a task, model and method."""
-    lines = []
-    for row in rows:
-        runs = row["runs"]
-        lines.append(
-            {
-                "model": row["model"],
-                "task": row["task"],
-                "method": row["method"],
-                "test accuracy, %": tuning.spread([run["test"] for run in runs]),
-                "trained": f"{runs[0]['trainable']:,} ({runs[0]['percent']:.2f} %)",
-                "lr": f"{row['lr']:g}",
-                "s/epoch": f"{min(run['seconds'] for run in runs):.2f}",
-                "peak MB": f"{max(run['memory'] for run in runs):.0f}",
-                "merged = adapted": f"{100 * min(run['merge_same'] for run in runs):.1f} %, "
-                f"{max(run['merge_difference'] for run in runs):.0e}",
-            }
-        )
-    return tuning.markdown(lines)
+    return tuning.search(args, method, train_one, lambda model: finish(model, data, args))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import argparse
 import json
 import math
 import os
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -255,6 +256,33 @@ def resume(
     return content["history"]
 
 
+def guard(work: Callable[[], None], args: argparse.Namespace) -> None:
+    """Do a script's work; what a user can put right ends it with one sentence and an exit code.
+
+    2: ValueError, a usage that makes no sense; 1: OSError, a loss that is not finite, no memory
+    left on the device; 130: Ctrl-C, which says what is kept and how to go on.
+    """
+    script = Path(sys.argv[0]).name
+    try:
+        work()
+    except KeyboardInterrupt:
+        words = ["python", *(word for word in sys.argv if word != "--resume")]
+        checkpoint = Path(args.out or "") / "checkpoint.pt"
+        if args.compare:
+            kept = f"every finished method is kept; to go on: {shlex.join(words)}"
+        elif args.evaluate or not checkpoint.is_file():
+            kept = "nothing was finished yet, start again with the same command"
+        else:
+            epoch = len(san.read(checkpoint)["history"])
+            again = shlex.join([*words, "--resume"])
+            kept = f"epoch {epoch} is kept in {checkpoint}; to go on: {again}"
+        print(f"\nstopped; {kept}", file=sys.stderr)
+        sys.exit(130)
+    except (ValueError, OSError, FloatingPointError, torch.OutOfMemoryError) as error:
+        print(f"{script}: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, ValueError) else 1)
+
+
 def peak_memory(device: torch.device, start: bool = False) -> float:
     """Peak memory in MB since the call with start=True.
 
@@ -295,6 +323,71 @@ def write_text(text: str, path: Path) -> None:
 
 def write_json_lines(records: list[dict], path: Path) -> None:
     write_text("".join(json.dumps(record) + "\n" for record in records), path)
+
+
+def search(
+    args: argparse.Namespace,
+    method: str,
+    train: Callable[[argparse.Namespace], tuple[nn.Module, dict]],
+    finish: Callable[[nn.Module], dict],
+) -> dict:
+    """Choose one method's learning rate on validation, then train and score it with every seed.
+
+    train(args): a model and its figures, at args.lr and args.seed; finish(model): its test scores.
+    Every rate is tried with seed 0; the best by validation is scored on the test split, then the
+    other seeds. A rate at which the loss does not stay finite is out, and recorded as None.
+    """
+
+    def trained(rate: float, seed: int) -> tuple[nn.Module, dict]:
+        own = vars(args) | {"method": method, "lr": rate, "seed": seed}
+        model, figures = train(argparse.Namespace(**own))
+        model.zero_grad()  # the best is kept while others train: without its gradients
+        print(f"  validation {100 * figures['val']:.1f} %", flush=True)
+        return model, figures
+
+    best, tried = None, {}
+    rates = [args.lr] if args.lr else LEARNING_RATES[method]
+    for rate in rates:
+        try:
+            model, figures = trained(rate, seed=0)
+        except FloatingPointError as error:
+            tried[f"{rate:g}"] = None
+            print(f"  {error}")
+            continue
+        tried[f"{rate:g}"] = figures["val"]
+        if best is None or figures["val"] > best[2]["val"]:
+            best = rate, model, figures
+    if best is None:
+        raise FloatingPointError(f"{method} stayed finite at none of the learning rates {rates}")
+    rate, model, figures = best
+    results = [figures | finish(model)]
+    for seed in range(1, args.seeds):
+        model, figures = trained(rate, seed)
+        results.append(figures | finish(model))
+    return {"lr": rate, "tried": tried, "runs": results}
+
+
+def table(rows: list[dict]) -> str:
+    """One Markdown row for each row of `search`, with its task, model and method."""
+    lines = []
+    for row in rows:
+        runs = row["runs"]
+        same = min(run["merge_same"] for run in runs)
+        gap = max(run["merge_difference"] for run in runs)
+        lines.append(
+            {
+                "model": row["model"],
+                "task": row["task"],
+                "method": row["method"],
+                "test accuracy, %": spread([run["test"] for run in runs]),
+                "trained": f"{runs[0]['trainable']:,} ({runs[0]['percent']:.2f} %)",
+                "lr": f"{row['lr']:g}",
+                "s/epoch": f"{min(run['seconds'] for run in runs):.2f}",
+                "peak MB": f"{max(run['memory'] for run in runs):.0f}",
+                "merged = adapted": f"{100 * same:.1f} %, {gap:.0e}",
+            }
+        )
+    return markdown(lines)
 
 
 def markdown(rows: list[dict]) -> str:
