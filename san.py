@@ -53,6 +53,32 @@ class Link(NamedTuple):
 # ------------------------------------------------------------------------------------ the layer
 
 
+class _Scale(torch.autograd.Function):
+    """γ ⊙ x + β, as autograd would do it but with one buffer where it takes three.
+
+    These products are bound by memory, not arithmetic, so that fewer buffers are a faster step.
+    dx = γ ⊙ g, dγ = Σ g ⊙ x, dβ = Σ g, summed over all but channels.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gamma: Tensor, beta: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, gamma)
+        ctx.shift = beta is not None
+        return (x * gamma if beta is None else torch.addcmul(beta, x, gamma)).to(x.dtype)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, gamma = ctx.saved_tensors
+        g = g.to(gamma.dtype)
+        beta_gradient = g.sum_to_size(gamma.shape) if ctx.shift else None
+        buffer = g * x
+        gamma_gradient = buffer.sum_to_size(gamma.shape).clone()  # may be the buffer itself
+        if not ctx.needs_input_grad[0]:
+            return None, gamma_gradient, beta_gradient
+        return torch.mul(g, gamma, out=buffer).to(x.dtype), gamma_gradient, beta_gradient
+
+
 class SANLayer(nn.Module):
     """A frozen nn.Linear or nn.Conv2d between its two diagonals:
 
@@ -133,9 +159,9 @@ class SANLayer(nn.Module):
             return x
         if isinstance(self.layer, nn.Conv2d):  # channels stand before height and width
             gamma, beta = (None if v is None else v.view(-1, 1, 1) for v in (gamma, beta))
-        if beta is None:
-            return (x * gamma).to(x.dtype)
-        return (x + beta if gamma is None else torch.addcmul(beta, x, gamma)).to(x.dtype)
+        if gamma is None:
+            return (x + beta).to(x.dtype)
+        return _Scale.apply(x, gamma, beta)
 
     def _columns(self, gamma: Tensor | None) -> Tensor | float:
         """γ' in a shape that scales the input columns of the weight.

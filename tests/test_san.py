@@ -610,3 +610,27 @@ def test_a_trained_norm_can_absorb_what_is_propagated_through_it():
     other[1].weight.data.mul_(gamma)
     other[1].bias.data.mul_(gamma)
     torch.testing.assert_close(model(x), other(x), atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize("shift", [False, True])
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [(nn.Linear(3, 4), (3,)), (nn.Linear(3, 4), (2, 5, 3)), (nn.Conv2d(3, 4, 2), (2, 3, 4, 4))],
+)
+def test_the_gradients_agree_with_finite_differences(layer, shape, shift):
+    torch.manual_seed(0)
+    model = nn.Sequential(copy.deepcopy(layer), nn.GELU(), type(layer)(*SECOND[type(layer)]))
+    model.double()
+    attach(model, [Link("0"), Link("2", "0", [3, 1, 2, 0])], shift=shift)
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+
+    def output(x, *values):
+        changed = dict(zip(parameters, values))
+        return torch.func.functional_call(model, changed, x)
+
+    values = [torch.randn_like(p).requires_grad_() for p in parameters.values()]
+    assert torch.autograd.gradcheck(output, (x, *values))
+
+
+SECOND = {nn.Linear: (4, 2), nn.Conv2d: (4, 2, 1)}  # arguments of a second layer of each class

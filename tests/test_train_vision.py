@@ -4,10 +4,12 @@ import json
 import pickle
 import re
 import sys
+import urllib.error
 from pathlib import Path
 
 import pytest
 import torch
+import torchvision
 from PIL import Image
 
 import models
@@ -138,6 +140,38 @@ def test_full_without_weights_is_pretraining_and_weights_takes_its_model(flags, 
 )
 def test_variants_run(words, flags, tmp_path):
     assert command(*flags, *words, "--out", tmp_path) == 0
+
+
+def test_imagenet1k_takes_torchvisions_file_from_the_hub_cache(flags, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    theirs = torchvision.models.convnext_tiny().eval()
+    url = torchvision.models.get_weight(train_vision.IMAGENET["convnext_tiny"]).url
+    (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
+    torch.save(theirs.state_dict(), tmp_path / "hub" / "checkpoints" / url.rpartition("/")[2])
+    args = train_vision.arguments(
+        [*map(str, flags), "--weights", "imagenet1k", "--image-size", "64"]
+    )
+    ours = train_vision.load_model(args, "convnext_tiny", [5]).eval()
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        expected = theirs.classifier[0](theirs.features(images).mean((2, 3), keepdim=True))
+        torch.testing.assert_close(ours.features(images), expected.flatten(1), atol=1e-4, rtol=1e-4)
+
+
+def test_imagenet1k_without_a_network_says_where_to_put_the_file(
+    flags, tmp_path, monkeypatch, capsys
+):
+    def no_network(*_, **__):
+        raise urllib.error.URLError("no network")
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr("urllib.request.urlopen", no_network)
+    monkeypatch.setattr("torch.hub.urlopen", no_network)
+    words = ["--weights", "imagenet1k", "--model", "convnext_tiny", "--out", tmp_path / "run"]
+    assert command(*flags, *words) == 1
+    error = capsys.readouterr().err
+    assert "https://" in error and str(tmp_path / "hub" / "checkpoints") in error
+    assert not (tmp_path / "run").exists()
 
 
 # ---------------------------------------------------------------------------------------- resume
