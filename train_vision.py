@@ -291,7 +291,7 @@ def finish(model: nn.Module, data: data_sets.Data, args) -> dict:
 def run(args: argparse.Namespace) -> None:
     """One method on one data set: train, score, merge, check and save."""
     name = args.model[0]
-    args.lr = args.lr or tuning.LEARNING_RATES[args.method][1]
+    args.lr = args.lr or tuning.LEARNING_RATES[args.method][0]
     set_name = name_of(args, args.task)
     args.out = args.out or f"runs/{set_name}-{name}-{args.method}-seed{args.seed}"
     out = Path(args.out)
@@ -319,7 +319,7 @@ def run(args: argparse.Namespace) -> None:
     started = time.perf_counter()
     result = {"dataset": set_name, "model": name, "method": args.method, "seed": args.seed}
     if args.weights != "none" and args.method != "linear":
-        linear = argparse.Namespace(**vars(args) | {"lr": tuning.LEARNING_RATES["linear"][1]})
+        linear = argparse.Namespace(**vars(args) | {"lr": tuning.LEARNING_RATES["linear"][0]})
         base.head, _ = probe(base, data, linear, "linear head")
         result["test_linear"] = score(base, data.test, data.factors, args)
     del base

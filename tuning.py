@@ -22,7 +22,7 @@ from tqdm import tqdm
 import san
 
 METHODS = ("linear", "full", "lora", "ssf", "san")
-# [us] three rates a method, the search's grid; the middle one is the default. γ bears high ones
+# [us] the search's grid; the first is the default, since validation on sprites chose it most often
 LEARNING_RATES = {
     "linear": (1e-3, 1e-2, 1e-1),
     "full": (1e-4, 3e-4, 1e-3),
