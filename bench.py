@@ -75,7 +75,7 @@ def main() -> None:
     merged = copy.deepcopy(base)
     tuning.adapt(merged, "san", options)
     tuning.fold(merged)
-    assert sum(p.numel() for p in merged.parameters()) == sum(p.numel() for p in base.parameters())
+    assert tuning.count(merged)[1] == tuning.count(base)[1]
 
     print(f"{args.depth} blocks of ViT-B/16, batch {args.batch_size}, {device}")
     steps = in_turn({m: stepper(m) for m in tuning.METHODS}, device, args.rounds, "full")

@@ -253,15 +253,17 @@ def train_method(model: nn.Module, data: data_sets.Data, args, out: Path | None,
     """
     tuning.peak_memory(args.device, start=True)
     trainable, total = tuning.count(model)
-    percent = f"{100 * trainable / total:.2f} %"
-    print(f"{note}: trains {trainable:,} of {total:,} parameters, {percent}, at lr {args.lr:g}")
+    percent = 100 * trainable / total
+    print(
+        f"{note}: trains {trainable:,} of {total:,} parameters, {percent:.2f} %, at lr {args.lr:g}"
+    )
     if args.method == "linear":
         model.head, history = probe(model, data, args, note)
     else:
         history = train(model, data.train, data.val, data.factors, args, out, note)
     figures = {
         "trainable": trainable,
-        "percent": 100 * trainable / total,
+        "percent": percent,
         "seconds": sum(record["seconds"] for record in history) / len(history),
         "memory": tuning.peak_memory(args.device),
         "val": history[-1]["val"],
@@ -296,8 +298,10 @@ def run(args: argparse.Namespace) -> None:
     args.out = args.out or f"runs/{set_name}-{name}-{args.method}-seed{args.seed}"
     out = Path(args.out)
     data = load_data(args, args.task, name)
-    base = load_model(args, name, data.factors).to(args.device)
-    model = adapted_model(args, name, data.factors)  # all that can be refused is, before writing
+    base = load_model(args, name, data.factors)
+    model = copy.deepcopy(base)
+    tuning.adapt(model, args.method, args)  # all that can be refused is, before writing
+    base, model = base.to(args.device), model.to(args.device)
     print(
         f"{set_name}: {len(data.train)} training, {len(data.val)} validation and "
         f"{len(data.test)} test pictures, {sum(data.factors)} classes"
