@@ -1,14 +1,18 @@
-"""Two backbones written by hand: ViT and ConvNeXt, each with its links for `san.attach`.
+"""Three backbones written by hand: ViT, ConvNeXt and LLaMA, each with its links for `san.attach`.
 
-A model here is its forward pass: `features(images)` gives one vector a picture, `head` reads it.
-`links()` says which layer is anterior to which; the table and its reasons are in each docstring.
-Layer names and numbers match torchvision's models, whose weights `from_torchvision` converts.
+A model here is its forward pass: `features` gives one vector a picture, or one a token of a text,
+and `head` reads it. `links()` says which layer is anterior to which; the table and its reasons are
+in each docstring. The vision models' layers match torchvision's, whose weights `from_torchvision`
+converts; LLaMA's match the Hugging Face layout, which `load_llama` reads.
 
-B pictures, N tokens, C channels, h heads, H×W pixels; pixels come in normalised, B×3×H×W.
+B pictures or texts, N tokens, C channels, h heads of d channels, V words, H×W pixels; pixels come
+in normalised, B×3×H×W.
 """
 
+import json
 import math
 import re
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -227,16 +231,286 @@ class ConvNeXt(nn.Module):
         return links
 
 
+# ---------------------------------------------------------------------------------------- LLaMA
+
+
+class RMSNorm(nn.Module):
+    """weight ⊙ x / √(mean(x²) + ε) over channels, computed in float32 at least, x's type again.
+
+    The weight is wanted in float32 even where the layers around are bfloat16: it may be trained.
+    """
+
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return (self.weight * (wide * scale)).to(x.dtype)
+
+
+def rotary_frequencies(
+    head_dim: int, base: float, scaling: dict | None, device: torch.device | None = None
+) -> Tensor:
+    """f_i = base^(−2i/d) for i = 0 … d/2 − 1, in float32, stretched to longer texts by `scaling`.
+
+    linear: f / factor. llama3: f where it turns often within the original context, f / factor
+    where it turns seldom, between the two in proportion to its number of turns.
+    Raises ValueError for another kind of scaling, KeyError for one that lacks a number.
+    """
+    steps = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device)
+    frequencies = 1 / base ** (steps / head_dim)
+    scaling = scaling or {}
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind == "default":
+        return frequencies
+    if kind == "linear":
+        return frequencies / scaling["factor"]
+    if kind == "llama3":
+        turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        kept = ((turns - low) / (high - low)).clamp(0, 1)
+        return frequencies * (kept + (1 - kept) / scaling["factor"])
+    raise ValueError(f"rope scaling '{kind}' is not supported; use a model with linear or llama3")
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position: turn each pair of channels (i, i + d/2) of x, B×h×N×d, by its angle."""
+    cos, sin = cos.to(x.dtype), sin.to(x.dtype)  # B×1×N×d/2, B or 1
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+
+
+class GroupedAttention(nn.Module):
+    """softmax(q kᵀ / √d) v with rotary positions; h / kv_heads query heads share each k and v."""
+
+    def __init__(self, dim: int, heads: int, kv_heads: int, head_dim: int):
+        super().__init__()
+        self.head_dim = head_dim
+        self.q_proj = nn.Linear(dim, heads * head_dim, bias=False)
+        self.k_proj = nn.Linear(dim, kv_heads * head_dim, bias=False)
+        self.v_proj = nn.Linear(dim, kv_heads * head_dim, bias=False)
+        self.o_proj = nn.Linear(heads * head_dim, dim, bias=False)
+
+    def forward(
+        self, x: Tensor, rotation: tuple, mask: Tensor | None, past: tuple | None
+    ) -> tuple[Tensor, tuple]:
+        """x, B×N×C, and the past keys and values → the same for x and for past and present."""
+        q, k, v = (
+            layer(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # B h N d
+            for layer in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        q, k = rotate(q, *rotation), rotate(k, *rotation)
+        if past is not None:
+            k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
+        # repeated here: not every fast kernel takes fewer k than q; a view where there is one each
+        repeats = q.shape[1] // k.shape[1]
+        keys, values = (
+            t.unsqueeze(2).expand(-1, -1, repeats, -1, -1).flatten(1, 2) for t in (k, v)
+        )
+        # a single token may look at all there is
+        causal = mask is None and q.shape[2] > 1
+        z = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, is_causal=causal)
+        return self.o_proj(z.transpose(1, 2).flatten(2)), (k, v)
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) ⊙ up(x))."""
+
+    def __init__(self, dim: int, hidden: int):
+        super().__init__()
+        self.gate_proj = nn.Linear(dim, hidden, bias=False)
+        self.up_proj = nn.Linear(dim, hidden, bias=False)
+        self.down_proj = nn.Linear(hidden, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class LLaMABlock(nn.Module):
+    """Pre-norm transformer block: x + attn(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(
+        self, dim: int, heads: int, kv_heads: int, head_dim: int, hidden: int, eps: float
+    ) -> None:
+        super().__init__()
+        self.norm1 = RMSNorm(dim, eps)
+        self.attn = GroupedAttention(dim, heads, kv_heads, head_dim)
+        self.norm2 = RMSNorm(dim, eps)
+        self.mlp = SwiGLU(dim, hidden)
+
+    def forward(
+        self, x: Tensor, rotation: tuple, mask: Tensor | None, past: tuple | None
+    ) -> tuple[Tensor, tuple]:
+        z, present = self.attn(self.norm1(x), rotation, mask, past)
+        x = x + z
+        return x + self.mlp(self.norm2(x)), present
+
+
+class LLaMA(nn.Module):
+    """LLaMA (Touvron et al. 2023): a causal transformer with rotary positions, RMSNorm, SwiGLU.
+
+    tied: head and embedding share one weight. head_dim: d, dim / heads if None. context: the
+    longest text it is made for, which nothing here enforces. LLaMA(**model.numbers) is another
+    model of the same size. Raises ValueError if the numbers do not fit.
+    """
+
+    # where the papers compared with LoRA and DoRA put them (the setting of LLM-Adapters)
+    LOW_RANK = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
+
+    def __init__(
+        self,
+        vocab: int,
+        dim: int,
+        depth: int,
+        heads: int,
+        kv_heads: int,
+        hidden: int,
+        context: int,
+        tied: bool = False,
+        head_dim: int | None = None,
+        eps: float = 1e-5,
+        rope_base: float = 10000.0,
+        rope_scaling: dict | None = None,
+    ) -> None:
+        super().__init__()
+        self.numbers = dict(
+            vocab=vocab,
+            dim=dim,
+            depth=depth,
+            heads=heads,
+            kv_heads=kv_heads,
+            hidden=hidden,
+            context=context,
+            tied=tied,
+            head_dim=head_dim,
+            eps=eps,
+            rope_base=rope_base,
+            rope_scaling=rope_scaling,
+        )
+        if head_dim is None and dim % heads:
+            raise ValueError(f"{dim} channels do not divide into {heads} heads")
+        if heads % kv_heads:
+            raise ValueError(f"{heads} query heads do not divide among {kv_heads} key-value heads")
+        head_dim = head_dim or dim // heads
+        if head_dim % 2:
+            raise ValueError(f"rotary positions need an even number of channels, not {head_dim}")
+        rotary_frequencies(head_dim, rope_base, rope_scaling)  # raises here, not at the first use
+        self.context, self.head_dim = context, head_dim
+        self.heads, self.kv_heads = heads, kv_heads
+        self.embed = nn.Embedding(vocab, dim)
+        self.blocks = nn.ModuleList(
+            LLaMABlock(dim, heads, kv_heads, head_dim, hidden, eps) for _ in range(depth)
+        )
+        self.norm = RMSNorm(dim, eps)
+        self.head = nn.Linear(dim, vocab, bias=False)
+        if tied:
+            self.head.weight = self.embed.weight
+        initialise(self, std=dim**-0.5)  # 0.02 is too little for a narrow model [us]
+
+    def features(
+        self,
+        tokens: Tensor,
+        positions: Tensor | None = None,
+        mask: Tensor | None = None,
+        cache: list | None = None,
+    ) -> Tensor:
+        """Token numbers, B×N → vectors after the last norm, B×N×C.
+
+        positions: B×N; None counts on from the cache's length P (0 without one).
+        mask: bool, broadcastable to B×1×N×(P+N), True where a token may look; None is causal.
+        cache: [None] * depth at first; each call appends the keys, rotated, and values of its
+        tokens: one pair, each B×kv_heads×(P+N)×d, a block.
+        """
+        count = tokens.shape[1]
+        past = 0 if cache is None or cache[0] is None else cache[0][0].shape[2]
+        if positions is None:
+            positions = torch.arange(past, past + count, device=tokens.device)[None]
+        if mask is None and past and count > 1:  # is_causal knows of no past
+            seen = torch.ones(count, past + count, dtype=torch.bool, device=tokens.device)
+            mask = seen.tril(past)
+        # made anew and no buffer, which `model.to(torch.bfloat16)` would round: angles need float32
+        scaling = self.numbers["rope_scaling"]
+        frequencies = rotary_frequencies(
+            self.head_dim, self.numbers["rope_base"], scaling, tokens.device
+        )
+        angles = positions[:, None, :, None] * frequencies  # B×1×N×d/2
+        rotation = angles.cos(), angles.sin()
+        x = self.embed(tokens)
+        for i, block in enumerate(self.blocks):
+            x, present = block(x, rotation, mask, None if cache is None else cache[i])
+            if cache is not None:
+                cache[i] = present
+        return self.norm(x)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        positions: Tensor | None = None,
+        mask: Tensor | None = None,
+        cache: list | None = None,
+    ) -> Tensor:
+        """As `features`, then the head: logits, B×N×V."""
+        return self.head(self.features(tokens, positions, mask, cache))
+
+    def links(self, wiring: str = "exact") -> list[Link]:
+        """The links of every layer but the head.
+
+        layer             anterior
+        q, k, v_proj      the last layer that wrote to the stream: the previous block's down_proj
+                          (block 0: none, the embedding is no layer)
+        o_proj            v_proj, each channel repeated for the query heads that share it:
+                          attention mixes tokens, not channels, so A (γ ⊙ v) = γ ⊙ (A v) is exact
+        gate, up_proj     o_proj, through residual and norm
+        down_proj         up_proj: silu(g) ⊙ (γ ⊙ u) = γ ⊙ (silu(g) ⊙ u) is exact
+
+        Raises ValueError for a wiring other than "exact": the authors' v1 code wires ViTs.
+        """
+        if wiring != "exact":
+            raise ValueError(f"wiring '{wiring}' is defined for ViT alone; choose 'exact'")
+        group, d = self.heads // self.kv_heads, self.head_dim
+        value_of = [head // group * d + c for head in range(self.heads) for c in range(d)]
+        links, stream = [], None
+        for i in range(len(self.blocks)):
+            attn, mlp = f"blocks.{i}.attn", f"blocks.{i}.mlp"
+            links += [Link(f"{attn}.{name}_proj", stream) for name in "qkv"]
+            links.append(Link(f"{attn}.o_proj", f"{attn}.v_proj", value_of))
+            links += [Link(f"{mlp}.{name}_proj", f"{attn}.o_proj") for name in ("gate", "up")]
+            links.append(Link(f"{mlp}.down_proj", f"{mlp}.up_proj"))
+            stream = f"{mlp}.down_proj"
+        return links
+
+
+@torch.no_grad()
+def generate(model: LLaMA, tokens: list[int], count: int, stop: int | None = None) -> list[int]:
+    """Up to `count` tokens that follow the prompt, the likeliest each time, until `stop`."""
+    cache, new = [None] * len(model.blocks), []
+    x = torch.tensor([tokens], device=model.embed.weight.device)  # 1×N, then 1×1
+    for _ in range(count):
+        token = model.head(model.features(x, cache=cache)[:, -1]).argmax().item()
+        if token == stop:
+            break
+        new.append(token)
+        x = x.new_tensor([[token]])
+    return new
+
+
 # ------------------------------------------------------------------------------ sizes, building
 
 
-def initialise(model: nn.Module) -> None:
-    """Weights from a normal of std 0.02 cut at two standard deviations, biases zero."""
+def initialise(model: nn.Module, std: float = 0.02) -> None:
+    """Weights from a normal distribution, biases zero."""
     for module in model.modules():
-        if isinstance(module, (nn.Linear, nn.Conv2d)):
-            nn.init.trunc_normal_(module.weight, std=0.02)
-            nn.init.zeros_(module.bias)
+        if isinstance(module, (nn.Linear, nn.Conv2d, nn.Embedding)):
+            nn.init.trunc_normal_(module.weight, std=std)
+            if getattr(module, "bias", None) is not None:
+                nn.init.zeros_(module.bias)
 
+
+# a LLaMA but for its vocabulary, which the tokenizer gives
+LLAMA_MICRO = dict(dim=128, depth=4, heads=4, kv_heads=2, hidden=384, context=2048)
 
 # name: class, picture size it is made for, and the numbers that make its size
 SIZES = {
@@ -272,8 +546,8 @@ def build(name: str, outputs: int, image_size: int | None = None) -> nn.Module:
 
 # --------------------------------------------------------------------------------------- weights
 
-# torchvision's names → ours, tried in this order on the start of every key; ConvNeXt's numbers
-# stay torchvision's here, and are halved in a second step
+# torchvision's and Hugging Face's names → ours, tried in this order on the start of every key;
+# ConvNeXt's numbers stay torchvision's here, and are halved in a second step
 VIT_NAMES = [
     (r"encoder\.pos_embedding", "position"),
     (r"conv_proj", "patch_embed"),
@@ -296,6 +570,24 @@ CONVNEXT_NAMES = [
     (r"classifier\.0", "norm"),
     (r"classifier\.2", "head"),
 ]
+LLAMA_NAMES = [
+    (r"model\.embed_tokens", "embed"),
+    (r"model\.layers\.(\d+)\.input_layernorm", r"blocks.\1.norm1"),
+    (r"model\.layers\.(\d+)\.self_attn", r"blocks.\1.attn"),
+    (r"model\.layers\.(\d+)\.post_attention_layernorm", r"blocks.\1.norm2"),
+    (r"model\.layers\.(\d+)\.mlp", r"blocks.\1.mlp"),
+    (r"model\.norm", "norm"),
+    (r"lm_head", "head"),
+]
+
+
+def rename(key: str, names: list[tuple[str, str]]) -> str:
+    """`key` with its start replaced by the first of the patterns that matches it, if any does."""
+    for pattern, ours in names:
+        new, found = re.subn("^" + pattern, ours, key)
+        if found:
+            return new
+    return key
 
 
 def from_torchvision(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -307,11 +599,7 @@ def from_torchvision(state: dict[str, Tensor]) -> dict[str, Tensor]:
     is_vit = "conv_proj.weight" in state
     converted = {}
     for key, value in state.items():
-        for pattern, ours in VIT_NAMES if is_vit else CONVNEXT_NAMES:
-            new, found = re.subn("^" + pattern, ours, key)
-            if found:
-                key = new
-                break
+        key = rename(key, VIT_NAMES if is_vit else CONVNEXT_NAMES)
         if not is_vit:
             key = re.sub(r"^stages\.(\d)", lambda m: f"stages.{int(m[1]) // 2}", key)
             key = re.sub(r"^downsample\.(\d)", lambda m: f"downsample.{int(m[1]) // 2 - 1}", key)
@@ -355,6 +643,131 @@ def load_backbone(model: nn.Module, state: dict[str, Tensor], head: bool = False
             f"{f' and {len(wrong) - 3} more' if len(wrong) > 3 else ''}"
         )
     model.load_state_dict(state)
+
+
+def read_json(path: Path) -> dict:
+    """The object in a JSON file. Raises OSError if there is no such file or no object in it."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"there is no file {path}; give a complete model folder") from error
+    except ValueError as error:  # what is no JSON, and what is no text
+        raise OSError(f"{path} is broken: it is no JSON; fetch it again") from error
+    if not isinstance(content, dict):
+        raise OSError(f"{path} is broken: it holds no JSON object; fetch it again")
+    return content
+
+
+def llama_numbers(config: dict) -> dict:
+    """LLaMA's arguments from a Hugging Face config.json of whichever age.
+
+    Raises ValueError for what this LLaMA does not have, KeyError if an entry is missing.
+    """
+    kind = config["model_type"]
+    if kind != "llama":
+        raise ValueError(f"this is a model of type '{kind}'; only 'llama' can be loaded")
+    for key in ("attention_bias", "mlp_bias"):
+        if config.get(key):
+            raise ValueError(f"{key} is set; only LLaMA models without biases can be loaded")
+    if config.get("hidden_act", "silu") != "silu":
+        raise ValueError(f"hidden_act is '{config['hidden_act']}'; only 'silu' can be loaded")
+    # newer files hold both the base and the scaling in rope_parameters
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    scaled = rope.get("rope_type", rope.get("type", "default")) != "default"
+    return dict(
+        vocab=config["vocab_size"],
+        dim=config["hidden_size"],
+        depth=config["num_hidden_layers"],
+        heads=config["num_attention_heads"],
+        kv_heads=config.get("num_key_value_heads") or config["num_attention_heads"],
+        hidden=config["intermediate_size"],
+        context=config["max_position_embeddings"],
+        tied=config.get("tie_word_embeddings", False),
+        head_dim=config.get("head_dim"),
+        eps=config["rms_norm_eps"],
+        rope_base=rope.get("rope_theta") or config.get("rope_theta") or 10000.0,
+        rope_scaling=rope if scaled else None,
+    )
+
+
+def load_llama(folder: Path, dtype: torch.dtype = torch.float32) -> LLaMA:
+    """The LLaMA in a folder of the Hugging Face layout: config.json and safetensors files.
+
+    Weights become `dtype`, one tensor at a time, so that the model is never in memory twice; the
+    norms' stay in float32 at least. Raises OSError if a file is missing or broken, ValueError if
+    the model is of another architecture, naming what differs, or safetensors is not installed.
+    """
+    try:
+        from safetensors import SafetensorError, safe_open
+    except ImportError as error:
+        raise ValueError(
+            "LLaMA's weights need safetensors, which is not installed; "
+            "run pip install -r requirements-extra.txt"
+        ) from error
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no folder {folder}; give one that holds a LLaMA model")
+    config = read_json(folder / "config.json")
+    try:
+        numbers = llama_numbers(config)
+        with torch.device("meta"):  # names and shapes, no memory
+            model = LLaMA(**numbers)
+    except KeyError as error:
+        raise OSError(f"{folder / 'config.json'} has no entry {error}; fetch it again") from error
+    except (ValueError, TypeError) as error:  # TypeError: a text where a number belongs
+        raise ValueError(f"{folder / 'config.json'}: {error}") from error
+
+    own = dict(model.named_parameters())  # without the head where it is tied
+    missing = dict.fromkeys(own)
+    for path in weight_files(folder):
+        try:
+            with safe_open(path, framework="pt") as file:
+                for key in file.keys():
+                    name = rename(key, LLAMA_NAMES)
+                    if "rotary_emb.inv_freq" in key or (name == "head.weight" and numbers["tied"]):
+                        continue
+                    value = file.get_tensor(key)
+                    if name not in missing or value.shape != own[name].shape:
+                        raise ValueError(
+                            f"these weights are not of the model in config.json: {key} "
+                            f"({describe(value)} in {path.name}, {describe(own.get(name))} "
+                            f"in the model)"
+                        )
+                    wide = torch.promote_types(dtype, torch.float32)
+                    # a copy always: what get_tensor gives is the file itself, mapped into memory
+                    value = value.to(wide if "norm" in name else dtype, copy=True)
+                    parent, _, child = name.rpartition(".")
+                    setattr(model.get_submodule(parent), child, nn.Parameter(value))
+                    del missing[name]
+        except SafetensorError as error:
+            raise OSError(f"{path} is broken ({error}); fetch it again") from error
+    if missing:
+        raise ValueError(
+            f"these weights are not of the model in config.json: {', '.join([*missing][:3])} "
+            f"missing in {folder}"
+        )
+    if numbers["tied"]:
+        model.head.weight = model.embed.weight
+    return model
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model folder. Raises OSError if one is missing."""
+    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if whole.exists():
+        return [whole]
+    if not index.exists():
+        raise FileNotFoundError(
+            f"there is no {whole.name} in {folder}; fetch the model in the safetensors format"
+        )
+    try:
+        shards = [folder / name for name in sorted(set(read_json(index)["weight_map"].values()))]
+    except (KeyError, AttributeError, TypeError) as error:
+        raise OSError(f"{index} is broken: it names no files; fetch it again") from error
+    for shard in shards:
+        if not shard.exists():
+            raise FileNotFoundError(f"there is no file {shard}, which {index.name} names; fetch it")
+    return shards
 
 
 def describe(tensor: Tensor | None) -> str:
