@@ -9,9 +9,7 @@ Four ways to use it:
 
 import argparse
 import copy
-import json
-import shlex
-import sys
+import functools
 import time
 from pathlib import Path
 
@@ -28,6 +26,14 @@ import san
 import tuning
 
 WEIGHTS = Path(__file__).parent / "weights"
+# [us] the grids of --compare; the first is the default, since validation on sprites chose it most
+LEARNING_RATES = {
+    "linear": (1e-3, 1e-2, 1e-1),
+    "full": (1e-4, 3e-4, 1e-3),
+    "lora": (5e-4, 2e-3, 8e-3),
+    "ssf": (1e-3, 5e-3, 2e-2),
+    "san": (1e-3, 5e-3, 2e-2),
+}
 IMAGENET = {
     "vit_b16": "ViT_B_16_Weights.IMAGENET1K_V1",
     "vit_l16": "ViT_L_16_Weights.IMAGENET1K_V1",
@@ -47,61 +53,29 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     tasks = ["source", *data_sets.TASKS, "all"]
     add("--task", default="shape", choices=tasks, help="of sprites; 'all' with --compare")
     add("--data-dir", default="data", help="where torchvision's sets are or go")
-    add("--shots", type=positive, help="labelled pictures in all, a fifth for validation")
+    add("--shots", type=tuning.positive, help="labelled pictures in all, a fifth for validation")
     add("--model", nargs="+", choices=list(models.SIZES), help="several with --compare")
     add("--weights", help="imagenet1k, none, or a model.pt; by default what suits the data set")
-    add("--method", default="san", choices=tuning.METHODS)
-    add("--mode", default="both", choices=san.MODES, help="SAN's ablation")
     add("--shift", default=True, action=argparse.BooleanOptionalAction, help="train β in SAN")
     add("--wiring", default="exact", choices=["exact", "authors"], help="authors: ViT alone")
-    add("--rank", type=positive, default=8, help="of LoRA")
-    add("--epochs", type=positive, default=20)
-    add("--batch-size", type=positive, default=32)
-    add("--lr", type=float, help="by default what suits the method")
-    add("--weight-decay", type=float, default=0.0)
-    add("--warmup-epochs", type=float, help="by default a tenth of the epochs")
-    add("--image-size", type=positive, help="by default what the model is made for")
-    add("--seed", type=int, default=0, choices=range(10_000), metavar="0…9999")
-    add("--device", default="auto", help="cpu, cuda, …")
-    add("--amp", action=argparse.BooleanOptionalAction, help="bfloat16 autocast; on where fast")
+    add("--image-size", type=tuning.positive, help="by default what the model is made for")
     add("--workers", type=int, help="processes that load pictures")
-    add("--out", help="default: runs/<dataset>-<model>-<method>-seed<k>")
-    add("--resume", action="store_true", help="go on from the last checkpoint in --out")
-    add("--evaluate", metavar="RUN", help="score a saved run again, train nothing")
-    add("--compare", action="store_true", help="all methods, learning rates searched; one table")
-    add("--seeds", type=positive, default=3, help="of --compare")
+    tuning.add_flags(p, list(LEARNING_RATES), epochs=20, batch=32)
     args = p.parse_args(words)
     sprites = args.dataset == "sprites"
     args.model = args.model or ["vit_micro" if sprites else "vit_b16"]
-    if args.compare and (args.resume or args.seed):
-        p.error("--compare takes --seeds, the number of them, and goes on by itself")
     if not args.compare and (len(args.model) > 1 or args.task == "all"):
         p.error("several models or tasks at once go with --compare")
-    if args.lr is not None and not 0 < args.lr < float("inf"):
-        p.error("--lr must be a number above 0")
-    if args.warmup_epochs is None:
-        args.warmup_epochs = args.epochs / 10
-    if not (0 <= args.warmup_epochs <= args.epochs and 0 <= args.weight_decay < float("inf")):
-        p.error("--warmup-epochs must lie in 0 … --epochs, and --weight-decay be 0 or more")
+    tuning.check_flags(p, args)
     if args.workers is None:
         args.workers = 0 if sprites else min(8, torch.get_num_threads())
     return args
-
-
-def positive(word: str) -> int:
-    number = int(word)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is not a whole number above 0")
-    return number
 
 
 def main() -> None:
     args = arguments()
 
     def work() -> None:
-        args.device = tuning.pick_device(args.device)
-        if args.amp is None:
-            args.amp = args.device.type == "cuda" and torch.cuda.is_bf16_supported()
         if args.evaluate:
             evaluate_run(args)
         elif args.compare:
@@ -246,54 +220,29 @@ def adapted_model(args, name: str, factors: list[int]) -> nn.Module:
 
 
 def train_method(model: nn.Module, data: data_sets.Data, args, out: Path | None, note: str):
-    """Train an adapted model in place, as args.method and args.lr say.
+    """Train an adapted model in place, as args.method and args.lr say: tuning.measured's pair."""
 
-    Returns its history (one record an epoch) and figures: trainable (count), percent of all,
-    seconds an epoch, peak memory in MB, and val, the last validation accuracy, 0 … 1.
-    """
-    tuning.peak_memory(args.device, start=True)
-    trainable, total = tuning.count(model)
-    percent = 100 * trainable / total
-    print(
-        f"{note}: trains {trainable:,} of {total:,} parameters, {percent:.2f} %, at lr {args.lr:g}"
-    )
-    if args.method == "linear":
-        model.head, history = probe(model, data, args, note)
-    else:
-        history = train(model, data.train, data.val, data.factors, args, out, note)
-    figures = {
-        "trainable": trainable,
-        "percent": percent,
-        "seconds": sum(record["seconds"] for record in history) / len(history),
-        "memory": tuning.peak_memory(args.device),
-        "val": history[-1]["val"],
-    }
-    return history, figures
+    def work() -> list[dict]:
+        if args.method == "linear":
+            model.head, history = probe(model, data, args, note)
+            return history
+        return train(model, data.train, data.val, data.factors, args, out, note)
+
+    return tuning.measured(model, args, note, work)
 
 
-def finish(model: nn.Module, data: data_sets.Data, args) -> dict:
-    """Score the adapted model on the test split, merge it in place, and score it again.
-
-    Returns test and test_merged (accuracy, 0 … 1, the mean over factors), each factor's, and
-    what tuning.compare_outputs says.
-    """
+def read_test(model: nn.Module, data: data_sets.Data, args) -> tuple[Tensor, dict]:
+    """Outputs on the test split, and accuracies, 0 … 1: each factor's and their mean."""
     model.eval()
-    adapted, labels = outputs_of(model, data.test, args, "test, adapted")
-    tuning.fold(model)
-    merged, _ = outputs_of(model, data.test, args, "test, merged")
-    accuracies = factor_accuracy(adapted, labels, data.factors)
-    result = {
-        "test": sum(accuracies) / len(accuracies),
-        "test_merged": sum(factor_accuracy(merged, labels, data.factors)) / len(accuracies),
-        "factors": accuracies,
-    }
-    return result | tuning.compare_outputs(adapted, merged)
+    outputs, labels = outputs_of(model, data.test, args, "test")
+    accuracies = factor_accuracy(outputs, labels, data.factors)
+    return outputs, {"test": sum(accuracies) / len(accuracies), "factors": accuracies}
 
 
 def run(args: argparse.Namespace) -> None:
     """One method on one data set: train, score, merge, check and save."""
     name = args.model[0]
-    args.lr = args.lr or tuning.LEARNING_RATES[args.method][0]
+    args.lr = args.lr or LEARNING_RATES[args.method][0]
     set_name = name_of(args, args.task)
     args.out = args.out or f"runs/{set_name}-{name}-{args.method}-seed{args.seed}"
     out = Path(args.out)
@@ -306,41 +255,20 @@ def run(args: argparse.Namespace) -> None:
         f"{set_name}: {len(data.train)} training, {len(data.val)} validation and "
         f"{len(data.test)} test pictures, {sum(data.factors)} classes"
     )
-    if args.resume:
-        tuning.require_checkpoint(out)
-    else:
-        names = ("adapter.pt", "merged.pt", "model.pt", "metrics.jsonl", "checkpoint.pt")
-        files = [out / name for name in names if (out / name).exists()]
-        if files and not (out / "config.json").exists():
-            raise ValueError(
-                f"{files[0]} is not from a run and would be lost; choose another --out"
-            )
-        config = {k: str(v) if k == "device" else v for k, v in vars(args).items()}
-        tuning.write_text(json.dumps(config, indent=1) + "\n", out / "config.json")
-        for old in files:
-            old.unlink(missing_ok=True)
-
+    tuning.begin(args, out)
     started = time.perf_counter()
     result = {"dataset": set_name, "model": name, "method": args.method, "seed": args.seed}
     if args.weights != "none" and args.method != "linear":
-        linear = argparse.Namespace(**vars(args) | {"lr": tuning.LEARNING_RATES["linear"][0]})
+        linear = argparse.Namespace(**vars(args) | {"lr": LEARNING_RATES["linear"][0]})
         base.head, _ = probe(base, data, linear, "linear head")
         result["test_linear"] = score(base, data.test, data.factors, args)
     del base
     history, figures = train_method(model, data, args, out, args.method)
     result |= figures | {"wall": time.perf_counter() - started}
-    if args.method in ("san", "ssf"):
-        san.save_adapter(model, out / "adapter.pt")
-        result["gamma"] = san.summary(model)["layers"]
-    elif args.method != "full":
-        san.write({"trained": tuning.trained_state(model)}, out / "adapter.pt")
-    result |= finish(model, data, args)
     content = {"model": name, "factors": data.factors, "image_size": model.image_size}
-    saved = out / ("model.pt" if args.method == "full" else "merged.pt")
-    san.write(content | {"state_dict": model.state_dict()}, saved)
-    tuning.write_json_lines([*history, result], out / "metrics.jsonl")
-    (out / "checkpoint.pt").unlink(missing_ok=True)
-    report(result, saved)
+    tuning.conclude(
+        model, args, history, result, lambda model: read_test(model, data, args), content
+    )
 
 
 def name_of(args: argparse.Namespace, task: str) -> str:
@@ -348,44 +276,12 @@ def name_of(args: argparse.Namespace, task: str) -> str:
     return f"sprites-{task}" if args.dataset == "sprites" else Path(args.dataset).resolve().name
 
 
-def report(result: dict, saved: Path) -> None:
-    if "test_linear" in result:
-        print(f"test accuracy, base + linear head  {100 * result['test_linear']:.2f} %")
-    print(f"test accuracy, {result['method']:<20}{100 * result['test']:.2f} %")
-    if len(result["factors"]) > 1:
-        print("each factor:", ", ".join(f"{100 * share:.1f} %" for share in result["factors"]))
-    print(
-        f"test accuracy, merged              {100 * result['test_merged']:.2f} %   largest output "
-        f"difference {result['merge_difference']:.1e}, "
-        f"{100 * result['merge_same']:.1f} % of the predictions the same"
-    )
-    if layers := result.get("gamma", {}).values():
-        up, down = (
-            sum(g[key] for g in layers) / len(layers) for key in ("potentiated", "depressed")
-        )
-        low, high = min(g["min"] for g in layers), max(g["max"] for g in layers)
-        print(
-            f"γ: a layer has {100 * up:.0f} % of its channels potentiated and {100 * down:.0f} % "
-            f"depressed on average; from {low:.2f} to {high:.2f}"
-        )
-    print(
-        f"saved {saved} and, beside it, {', '.join(sorted(p.name for p in saved.parent.iterdir()))}"
-    )
-
-
 def evaluate_run(args: argparse.Namespace) -> None:
     """Score the merged (or fully trained) model of a saved run on its test split."""
-    folder = Path(args.evaluate)
-    try:
-        config = json.loads((folder / "config.json").read_text())
-        own = {key: getattr(args, key) for key in ("device", "workers", "data_dir")}
-        saved = argparse.Namespace(**config | own)
-        name = saved.model[0]
-        path = folder / ("model.pt" if saved.method == "full" else "merged.pt")
-        content = san.read(path)
-        state, factors, size = (content[key] for key in ("state_dict", "factors", "image_size"))
-    except (ValueError, TypeError, KeyError, AttributeError, FileNotFoundError) as error:
-        raise OSError(f"{folder} is no finished run that can be scored: {error}") from error
+    saved, (state, factors, size), path = tuning.reopen(
+        args, ("device", "workers", "data_dir"), ("state_dict", "factors", "image_size")
+    )
+    name = saved.model[0]
     data = load_data(saved, saved.task, name)
     model = models.build(name, sum(factors), size)
     models.load_backbone(model, state, head=True)
@@ -400,35 +296,28 @@ def compare(args: argparse.Namespace) -> None:
     """Every method on every task and model, learning rates chosen on validation; one table.
 
     The search trains with seed 0 at each rate of the method's grid; the best by validation is
-    scored on the test split, and again with the other seeds. What is done is kept in
-    results.jsonl and not done again by the same command.
+    scored on the test split, and again with the other seeds.
     """
-    sprites = args.dataset == "sprites"
-    tasks = data_sets.TASKS if sprites and args.task == "all" else [args.task]
-    out = Path(args.out or f"runs/compare-{name_of(args, args.task)}")
-    path, done = out / "results.jsonl", []
-    if path.exists():
-        try:
-            done = [json.loads(line) for line in path.read_text().splitlines()]
-            done = [row for row in done if row["options"] and row["runs"]]
-        except (ValueError, TypeError, KeyError) as error:
-            raise OSError(f"{path} is broken; move it away and start again") from error
-    options = tuning.settings(args) | {"task": None, "model": None, "method": None}
-    for name in args.model:
-        for task in tasks:
-            data = load_data(args, task, name)
-            for method in tuning.METHODS:
-                key = {"task": name_of(args, task), "model": name, "method": method}
-                if any(row["options"] == options and key.items() <= row.items() for row in done):
-                    continue
-                row = compare_one(args, data, name, method)
-                done.append(key | row | {"options": options})
-                tuning.write_json_lines(done, path)
-    rows = [row for row in done if row["options"] == options]
-    command = shlex.join(["python", "train_vision.py", *sys.argv[1:]])
-    text = f"`{command}`\n\n{tuning.table(rows)}"
-    tuning.write_text(text, out / "table.md")
-    print(f"\n{text}\nsaved {out / 'table.md'}")
+    tasks = [args.task]
+    if args.task == "all" and args.dataset == "sprites":
+        tasks = data_sets.TASKS
+    task_of = {name_of(args, task): task for task in tasks}
+    keys = [
+        {"task": task, "model": name, "method": method}
+        for name in args.model
+        for task in task_of
+        for method in LEARNING_RATES
+    ]
+
+    @functools.lru_cache(maxsize=1)
+    def load(task: str, name: str) -> data_sets.Data:
+        return load_data(args, task_of[task], name)
+
+    def row_of(key: dict) -> dict:
+        data = load(key["task"], key["model"])
+        return compare_one(args, data, key["model"], key["method"])
+
+    tuning.compare(args, Path(args.out or f"runs/compare-{name_of(args, args.task)}"), keys, row_of)
 
 
 def compare_one(args, data: data_sets.Data, name: str, method: str) -> dict:
@@ -439,7 +328,9 @@ def compare_one(args, data: data_sets.Data, name: str, method: str) -> dict:
         note = f"{name} {own.method} seed {own.seed}"
         return model, train_method(model, data, own, None, note)[1]
 
-    return tuning.search(args, method, train_one, lambda model: finish(model, data, args))
+    return tuning.search(
+        args, method, LEARNING_RATES[method], train_one, lambda model: read_test(model, data, args)
+    )
 
 
 if __name__ == "__main__":

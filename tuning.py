@@ -19,17 +19,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+import models
 import san
 
-METHODS = ("linear", "full", "lora", "ssf", "san")
-# [us] the search's grid; the first is the default, since validation on sprites chose it most often
-LEARNING_RATES = {
-    "linear": (1e-3, 1e-2, 1e-1),
-    "full": (1e-4, 3e-4, 1e-3),
-    "lora": (5e-4, 2e-3, 8e-3),
-    "ssf": (1e-3, 5e-3, 2e-2),
-    "san": (1e-3, 5e-3, 2e-2),
-}
+METHODS = ("linear", "full", "lora", "dora", "ssf", "san", "san+lora", "san+dora")
 
 # --------------------------------------------------------------------------------------- methods
 
@@ -44,54 +37,102 @@ class LoRALayer(nn.Module):
     def __init__(self, layer: nn.Module, rank: int, alpha: float):
         super().__init__()
         weight = layer.weight
+        # float32 at least, as γ: steps would be lost to half precision's rounding
+        wide = torch.promote_types(weight.dtype, torch.float32)
         self.layer = layer
         self.scale = alpha / rank
-        self.a = nn.Parameter(weight.new_empty(rank, weight[0].numel()))
-        self.b = nn.Parameter(weight.new_zeros(len(weight), rank))
+        self.a = nn.Parameter(weight.new_empty(rank, weight[0].numel(), dtype=wide))
+        self.b = nn.Parameter(weight.new_zeros(len(weight), rank, dtype=wide))
         nn.init.kaiming_uniform_(self.a, a=math.sqrt(5))
 
     def forward(self, x: Tensor) -> Tensor:
-        if isinstance(self.layer, nn.Linear):  # two thin products, never the full update
-            return self.layer(x) + (x @ self.a.T) @ self.b.T * self.scale
-        return self.layer._conv_forward(x, self.layer.weight + self.update(), self.layer.bias)
+        if isinstance(self.layer, nn.Linear):
+            return self.layer(x) + self.low_rank(x)
+        weight = (self.layer.weight + self.update()).to(self.layer.weight.dtype)
+        return self.layer._conv_forward(x, weight, self.layer.bias)
+
+    def low_rank(self, x: Tensor) -> Tensor:
+        """(α/r) B A x by two thin products, never the full update."""
+        return ((x.to(self.a.dtype) @ self.a.T) @ self.b.T * self.scale).to(x.dtype)
 
     def update(self) -> Tensor:
         return ((self.b @ self.a) * self.scale).view_as(self.layer.weight)
 
+    def weight_now(self) -> Tensor:
+        return self.layer.weight + self.update()
+
     @torch.no_grad()
     def merged(self) -> nn.Module:
-        weight = self.layer.weight + self.update()
+        """The layer itself, now with the updated weight, rounded to its own type once."""
+        weight = self.weight_now().to(self.layer.weight.dtype)
         self.layer.weight = nn.Parameter(weight, requires_grad=False)
         return self.layer
 
 
-def adapt(model: nn.Module, method: str, args: argparse.Namespace) -> None:
-    """Freeze what `method` does not train and add what it does; every method trains the head.
+class DoRALayer(LoRALayer):
+    """A frozen nn.Linear with a trained size and direction: m ⊙ V / ‖V‖, V = W + (α/r) B A.
 
-    san, ssf: γ (and β) of the linked layers and the norms [C]; lora: A and B on the same layers;
-    linear: nothing else; full: all. ssf is feature scaling alone with a shift [S].
+    m: out, one size a row, ‖W‖ at the start; ‖·‖: each row's length, which the gradient takes for
+    a constant, as its authors do (Liu et al. 2024).
+    """
+
+    def __init__(self, layer: nn.Linear, rank: int, alpha: float):
+        super().__init__(layer, rank, alpha)
+        self.m = nn.Parameter(layer.weight.to(self.a.dtype).norm(dim=1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = nn.functional.linear(x, self.layer.weight) + self.low_rank(x)
+        z = (z * self.ratio()).to(x.dtype)
+        return z if self.layer.bias is None else z + self.layer.bias
+
+    def ratio(self) -> Tensor:
+        """m / ‖V‖, one entry a row."""
+        with torch.no_grad():
+            length = (self.layer.weight + self.update()).norm(dim=1)
+        return self.m / length
+
+    def weight_now(self) -> Tensor:
+        return self.ratio()[:, None] * (self.layer.weight + self.update())
+
+
+def adapt(model: nn.Module, method: str, args: argparse.Namespace) -> None:
+    """Freeze what `method` does not train and add what it does.
+
+    linear: the head, and a LLaMA's last norm; full: all; san, ssf: γ (and β) of the linked layers
+    and the norms [C], ssf being feature scaling alone with a shift [S]; lora, dora: an update of
+    low rank on the linked layers, of a LLaMA on its LOW_RANK layers; san+lora, san+dora: that
+    update inside SAN's two diagonals [us], which act on the updated weight.
+    A classifier's new head is trained by every method; a LLaMA's head is pre-trained, as the rest.
     """
     links = model.links(args.wiring)
-    norms = [name for name, m in model.named_modules() if isinstance(m, nn.LayerNorm)]
+    is_llama = isinstance(model, models.LLaMA)
+    norm_types = (nn.LayerNorm, models.RMSNorm)
+    norms = [name for name, m in model.named_modules() if isinstance(m, norm_types)]
+    head = [] if is_llama else ["head"]
     model.requires_grad_(method == "full")
-    model.head.requires_grad_(True)
-    if method == "san":
-        san.attach(model, links, mode=args.mode, shift=args.shift, trainable=[*norms, "head"])
+    for name in ("norm", "head") if is_llama and method == "linear" else head:
+        model.get_submodule(name).requires_grad_(True)
+    if method.startswith("san"):
+        san.attach(model, links, mode=args.mode, shift=args.shift, trainable=[*norms, *head])
     elif method == "ssf":
-        san.attach(model, links, mode="feature", shift=True, trainable=[*norms, "head"])
-    elif method == "lora":
-        for link in links:
-            layer = LoRALayer(model.get_submodule(link.layer), args.rank, alpha=args.rank)
-            model.set_submodule(link.layer, layer)
+        san.attach(model, links, mode="feature", shift=True, trainable=[*norms, *head])
+    kind = method.removeprefix("san+")
+    if kind in ("lora", "dora"):
+        layer_type = LoRALayer if kind == "lora" else DoRALayer
+        for name in (link.layer for link in links):
+            if not is_llama or name.endswith(models.LLaMA.LOW_RANK):
+                inner = f"{name}.layer" if kind != method else name  # inside the SAN layer
+                layer = layer_type(model.get_submodule(inner), args.rank, alpha=args.rank)
+                model.set_submodule(inner, layer)
 
 
 def fold(model: nn.Module) -> None:
     """Make plain layers of whatever `adapt` added; nothing to do for linear and full."""
-    if hasattr(model, "_san"):
-        san.merge(model)
-    for name, module in list(model.named_modules()):
+    for name, module in list(model.named_modules()):  # updates first: they are inside SAN layers
         if isinstance(module, LoRALayer):
             model.set_submodule(name, module.merged())
+    if hasattr(model, "_san"):
+        san.merge(model)
 
 
 def trained_state(model: nn.Module) -> dict[str, Tensor]:
@@ -103,6 +144,49 @@ def count(model: nn.Module) -> tuple[int, int]:
     """Numbers of trainable and of all parameters."""
     sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
     return sum(n for n, trained in sizes if trained), sum(n for n, _ in sizes)
+
+
+# ----------------------------------------------------------------------------------------- flags
+
+
+def add_flags(p: argparse.ArgumentParser, methods: Iterable[str], epochs: int, batch: int) -> None:
+    """The flags that every training script has."""
+    add = p.add_argument
+    add("--method", default="san", choices=methods)
+    add("--mode", default="both", choices=san.MODES, help="SAN's ablation")
+    add("--rank", type=positive, default=8, help="of LoRA and DoRA")
+    add("--epochs", type=positive, default=epochs)
+    add("--batch-size", type=positive, default=batch)
+    add("--lr", type=float, help="by default what suits the method")
+    add("--weight-decay", type=float, default=0.0)
+    add("--warmup-epochs", type=float, help="by default a tenth of the epochs")
+    add("--seed", type=int, default=0, choices=range(10_000), metavar="0…9999")
+    add("--device", default="auto", help="cpu, cuda, …")
+    add("--amp", action=argparse.BooleanOptionalAction, help="bfloat16 autocast; on where fast")
+    add("--out", help="default: runs/<data>-<model>-<method>-seed<k>")
+    add("--resume", action="store_true", help="go on from the last checkpoint in --out")
+    add("--evaluate", metavar="RUN", help="score a saved run again, train nothing")
+    add("--compare", action="store_true", help="all methods, learning rates searched; one table")
+    add("--seeds", type=positive, default=3, help="of --compare")
+
+
+def check_flags(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Fill in what add_flags leaves open; a combination without a sense ends the program."""
+    if args.compare and (args.resume or args.seed):
+        p.error("--compare takes --seeds, the number of them, and goes on by itself")
+    if args.lr is not None and not 0 < args.lr < float("inf"):
+        p.error("--lr must be a number above 0")
+    if args.warmup_epochs is None:
+        args.warmup_epochs = args.epochs / 10
+    if not (0 <= args.warmup_epochs <= args.epochs and 0 <= args.weight_decay < float("inf")):
+        p.error("--warmup-epochs must lie in 0 … --epochs, and --weight-decay be 0 or more")
+
+
+def positive(word: str) -> int:
+    number = int(word)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not a whole number above 0")
+    return number
 
 
 # -------------------------------------------------------------------------------------- the loop
@@ -144,10 +228,12 @@ def fit(
     args: argparse.Namespace,
     out: Path | None = None,
     note: str = "",
+    unit: str = "images",
 ) -> list[dict]:
     """Train what requires a gradient with AdamW, a warm-up and a cosine; one record an epoch.
 
     loss_of(model, batch): the mean loss of a batch; validate(model): accuracy 0 … 1.
+    unit: what a batch holds, for the bar and the speed.
     out: folder for checkpoint.pt, written after every epoch, which is then reported in a line;
     args.resume continues from it.
     Every epoch seeds itself from (seed, epoch), so that a resumed run goes the same way.
@@ -172,7 +258,7 @@ def fit(
         model.train()
         started, seen, running = time.perf_counter(), 0, torch.zeros((), device=device)
         label = f"{note} epoch {epoch + 1}/{args.epochs}"
-        with tqdm(total=len(loader.dataset), desc=label, unit="img", leave=False) as bar:
+        with tqdm(total=len(loader.dataset), desc=label, unit=f" {unit}", leave=False) as bar:
             for i, batch in enumerate(loader):
                 rate = rate_at(epoch * len(loader) + i, steps, warmup, args.lr)
                 for group in optimizer.param_groups:
@@ -191,14 +277,14 @@ def fit(
         seconds = time.perf_counter() - started
         require_finite(running.item(), parameters, epoch, rate, checkpoint)
         record = {"epoch": epoch + 1, "loss": running.item() / seen, "val": validate(model)}
-        history.append(record | {"seconds": seconds, "images_per_second": seen / seconds})
+        history.append(record | {"seconds": seconds, f"{unit}_per_second": seen / seconds})
         if checkpoint:
             content = {"settings": settings(args), "history": history}
             content |= {"model": trained_state(model), "optimizer": optimizer.state_dict()}
             san.write(content, checkpoint)
             tqdm.write(
                 f"{label}  loss {record['loss']:.3f}  validation {100 * record['val']:.1f} %  "
-                f"{seen / seconds:.0f} images/s",
+                f"{seen / seconds:.0f} {unit}/s",
                 file=sys.stdout,
             )
     return history
@@ -259,11 +345,15 @@ def resume(
 def guard(work: Callable[[], None], args: argparse.Namespace) -> None:
     """Do a script's work; what a user can put right ends it with one sentence and an exit code.
 
+    The device and --amp are settled first.
     2: ValueError, a usage that makes no sense; 1: OSError, a loss that is not finite, no memory
     left on the device; 130: Ctrl-C, which says what is kept and how to go on.
     """
     script = Path(sys.argv[0]).name
     try:
+        args.device = pick_device(args.device)
+        if args.amp is None:
+            args.amp = args.device.type == "cuda" and torch.cuda.is_bf16_supported()
         work()
     except KeyboardInterrupt:
         words = ["python", *(word for word in sys.argv if word != "--resume")]
@@ -302,7 +392,136 @@ def peak_memory(device: torch.device, start: bool = False) -> float:
         return math.nan
 
 
+# --------------------------------------------------------------------------------------- one run
+
+
+def begin(args: argparse.Namespace, out: Path) -> None:
+    """Make the folder `out` ready: for --resume, or for a new run with its config.json.
+
+    Raises ValueError if there is nothing to resume, or files in it that are not from a run.
+    """
+    if args.resume:
+        return require_checkpoint(out)
+    names = ("adapter.pt", "merged.pt", "model.pt", "metrics.jsonl", "checkpoint.pt")
+    files = [out / name for name in names if (out / name).exists()]
+    if files and not (out / "config.json").exists():
+        raise ValueError(f"{files[0]} is not from a run and would be lost; choose another --out")
+    config = {k: str(v) if k == "device" else v for k, v in vars(args).items()}
+    write_text(json.dumps(config, indent=1) + "\n", out / "config.json")
+    for old in files:
+        old.unlink(missing_ok=True)
+
+
+def measured(
+    model: nn.Module, args: argparse.Namespace, note: str, train: Callable[[], list[dict]]
+) -> tuple[list[dict], dict]:
+    """train() gives the history of training an adapted model; figures say what that took.
+
+    They are trainable (count), percent of all, seconds an epoch, peak memory in MB, and val, the
+    last validation accuracy, 0 … 1.
+    """
+    peak_memory(args.device, start=True)
+    trainable, total = count(model)
+    percent = 100 * trainable / total
+    print(
+        f"{note}: trains {trainable:,} of {total:,} parameters, {percent:.2f} %, at lr {args.lr:g}"
+    )
+    history = train()
+    figures = {
+        "trainable": trainable,
+        "percent": percent,
+        "seconds": sum(record["seconds"] for record in history) / len(history),
+        "memory": peak_memory(args.device),
+        "val": history[-1]["val"],
+    }
+    return history, figures
+
+
+def conclude(
+    model: nn.Module,
+    args: argparse.Namespace,
+    history: list[dict],
+    result: dict,
+    read: Callable[[nn.Module], tuple[Tensor, dict]],
+    content: dict,
+) -> None:
+    """Save what was trained, score and merge the model by `finish`, save it merged, and report.
+
+    result: the run's figures so far; read: as for `finish`; content: what a saved model needs
+    beside its state dict.
+    """
+    out = Path(args.out)
+    if args.method in ("san", "ssf"):
+        san.save_adapter(model, out / "adapter.pt")
+    elif args.method != "full":
+        san.write({"trained": trained_state(model)}, out / "adapter.pt")
+    if hasattr(model, "_san"):
+        result["gamma"] = san.summary(model)["layers"]
+    result |= finish(model, read)
+    saved = out / ("model.pt" if args.method == "full" else "merged.pt")
+    san.write(content | {"state_dict": model.state_dict()}, saved)
+    write_json_lines([*history, result], out / "metrics.jsonl")
+    (out / "checkpoint.pt").unlink(missing_ok=True)
+    report(result, saved)
+
+
+def report(result: dict, saved: Path) -> None:
+    for key, what in (("test_linear", "base + linear head"), ("test_base", "base as it comes")):
+        if key in result:
+            print(f"test accuracy, {what:<20}{100 * result[key]:.2f} %")
+    print(f"test accuracy, {result['method']:<20}{100 * result['test']:.2f} %")
+    if len(result.get("factors", [])) > 1:
+        print("each factor:", ", ".join(f"{100 * share:.1f} %" for share in result["factors"]))
+    print(
+        f"test accuracy, merged              {100 * result['test_merged']:.2f} %   largest output "
+        f"difference {result['merge_difference']:.1e}, "
+        f"{100 * result['merge_same']:.1f} % of the predictions the same"
+    )
+    if layers := result.get("gamma", {}).values():
+        up, down = (
+            sum(g[key] for g in layers) / len(layers) for key in ("potentiated", "depressed")
+        )
+        low, high = min(g["min"] for g in layers), max(g["max"] for g in layers)
+        print(
+            f"γ: a layer has {100 * up:.0f} % of its channels potentiated and {100 * down:.0f} % "
+            f"depressed on average; from {low:.2f} to {high:.2f}"
+        )
+    print(
+        f"saved {saved} and, beside it, {', '.join(sorted(p.name for p in saved.parent.iterdir()))}"
+    )
+
+
+def reopen(
+    args: argparse.Namespace, own: Iterable[str], wanted: Iterable[str]
+) -> tuple[argparse.Namespace, list, Path]:
+    """The settings of the saved run args.evaluate, what its model file holds, and that file.
+
+    own: settings to take from args instead; wanted: keys of the file. Raises OSError.
+    """
+    folder = Path(args.evaluate)
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        saved = argparse.Namespace(**config | {key: getattr(args, key) for key in own})
+        path = folder / ("model.pt" if saved.method == "full" else "merged.pt")
+        content = san.read(path)
+        return saved, [content[key] for key in wanted], path
+    except (ValueError, TypeError, KeyError, AttributeError, FileNotFoundError) as error:
+        raise OSError(f"{folder} is no finished run that can be scored: {error}") from error
+
+
 # --------------------------------------------------------------------------------------- reports
+
+
+def finish(model: nn.Module, read: Callable[[nn.Module], tuple[Tensor, dict]]) -> dict:
+    """Score the adapted model on the test split, merge it in place, and score it again.
+
+    read(model): its outputs and its scores, of which test is the accuracy, 0 … 1. Returns those
+    scores, test_merged, and what compare_outputs says.
+    """
+    adapted, scores = read(model)
+    fold(model)
+    merged, scores_merged = read(model)
+    return scores | {"test_merged": scores_merged["test"]} | compare_outputs(adapted, merged)
 
 
 def compare_outputs(adapted: Tensor, merged: Tensor) -> dict:
@@ -328,12 +547,14 @@ def write_json_lines(records: list[dict], path: Path) -> None:
 def search(
     args: argparse.Namespace,
     method: str,
+    rates: Iterable[float],
     train: Callable[[argparse.Namespace], tuple[nn.Module, dict]],
-    finish: Callable[[nn.Module], dict],
+    read: Callable[[nn.Module], tuple[Tensor, dict]],
 ) -> dict:
     """Choose one method's learning rate on validation, then train and score it with every seed.
 
-    train(args): a model and its figures, at args.lr and args.seed; finish(model): its test scores.
+    rates: those to choose from; args.lr, if given, is the only one.
+    train(args): a model and its figures, at args.lr and args.seed; read: as for `finish`.
     Every rate is tried with seed 0; the best by validation is scored on the test split, then the
     other seeds. A rate at which the loss does not stay finite is out, and recorded as None.
     """
@@ -346,7 +567,7 @@ def search(
         return model, figures
 
     best, tried = None, {}
-    rates = [args.lr] if args.lr else LEARNING_RATES[method]
+    rates = [args.lr] if args.lr else rates
     for rate in rates:
         try:
             model, figures = trained(rate, seed=0)
@@ -360,11 +581,37 @@ def search(
     if best is None:
         raise FloatingPointError(f"{method} stayed finite at none of the learning rates {rates}")
     rate, model, figures = best
-    results = [figures | finish(model)]
+    results = [figures | finish(model, read)]
     for seed in range(1, args.seeds):
         model, figures = trained(rate, seed)
-        results.append(figures | finish(model))
+        results.append(figures | finish(model, read))
     return {"lr": rate, "tried": tried, "runs": results}
+
+
+def compare(
+    args: argparse.Namespace, out: Path, keys: list[dict], row_of: Callable[[dict], dict]
+) -> None:
+    """One table: row_of(key), a row of `search`, for every key: task, model and method.
+
+    What is done is kept in results.jsonl and not done again by the same command.
+    """
+    path, done = out / "results.jsonl", []
+    if path.exists():
+        try:
+            done = [json.loads(line) for line in path.read_text().splitlines()]
+            done = [row for row in done if row["options"] and row["runs"]]
+        except (ValueError, TypeError, KeyError) as error:
+            raise OSError(f"{path} is broken; move it away and start again") from error
+    options = settings(args) | {"task": None, "model": None, "method": None}
+    for key in keys:
+        if any(row["options"] == options and key.items() <= row.items() for row in done):
+            continue
+        done.append(key | row_of(key) | {"options": options})
+        write_json_lines(done, path)
+    command = shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
+    text = f"`{command}`\n\n{table([row for row in done if row['options'] == options])}"
+    write_text(text, out / "table.md")
+    print(f"\n{text}\nsaved {out / 'table.md'}")
 
 
 def table(rows: list[dict]) -> str:
@@ -379,6 +626,7 @@ def table(rows: list[dict]) -> str:
                 "model": row["model"],
                 "task": row["task"],
                 "method": row["method"],
+                **{k: spread([run["parts"][k] for run in runs]) for k in runs[0].get("parts", [])},
                 "test accuracy, %": spread([run["test"] for run in runs]),
                 "trained": f"{runs[0]['trainable']:,} ({runs[0]['percent']:.2f} %)",
                 "lr": f"{row['lr']:g}",

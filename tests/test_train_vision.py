@@ -75,7 +75,7 @@ def without_times(records: list[dict]) -> list[dict]:
 # ------------------------------------------------------------------------------------------ runs
 
 
-@pytest.mark.parametrize("method", tuning.METHODS)
+@pytest.mark.parametrize("method", train_vision.LEARNING_RATES)
 def test_a_run_saves_a_model_that_scores_the_same_again(method, flags, tmp_path, capsys):
     out = tmp_path / "run"
     assert command(*flags, "--method", method, "--out", out) == 0
@@ -250,7 +250,7 @@ def test_compare_writes_one_row_a_method_and_does_nothing_twice(flags, tmp_path,
     words = [*flags, "--epochs", 1, "--compare", "--seeds", 2, "--out", tmp_path]
     assert command(*words) == 0
     table = (tmp_path / "table.md").read_text()
-    assert all(f"| {method} |" in table for method in tuning.METHODS)
+    assert all(f"| {method} |" in table for method in train_vision.LEARNING_RATES)
     assert "--compare" in table.splitlines()[0] and "±" in table
     rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
     for row in rows:
@@ -385,8 +385,7 @@ def test_files_that_are_not_from_a_run_are_never_replaced(flags, tmp_path, capsy
 def test_a_diverging_rate_is_out_of_the_search_and_does_not_end_the_comparison(
     flags, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(tuning, "METHODS", ("full",))
-    monkeypatch.setattr(tuning, "LEARNING_RATES", {"full": (1e-4, 1e30)})
+    monkeypatch.setattr(train_vision, "LEARNING_RATES", {"full": (1e-4, 1e30)})
     assert command(*flags, "--epochs", 1, "--compare", "--seeds", 1, "--out", tmp_path) == 0
     (row,) = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
     assert row["lr"] == 1e-4 and row["tried"]["1e+30"] is None

@@ -1,0 +1,401 @@
+"""tuning.py: what each method trains, how it starts, and that it folds exactly."""
+
+import argparse
+import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import models
+import san
+import tuning
+
+ROOT = Path(__file__).parent.parent
+OPTIONS = argparse.Namespace(wiring="exact", mode="both", shift=False, rank=4)
+TINY = dict(vocab=19, dim=32, depth=2, heads=4, kv_heads=2, hidden=48, context=32)
+LOW_RANK = ("attn.q_proj", "attn.k_proj", "attn.v_proj", "mlp.up_proj", "mlp.down_proj")
+ALL = (*LOW_RANK, "attn.o_proj", "mlp.gate_proj")
+NORMS = {"norm", "blocks.0.norm1", "blocks.0.norm2", "blocks.1.norm1", "blocks.1.norm2"}
+ADDING = ("lora", "dora", "ssf", "san", "san+lora", "san+dora")  # all but linear and full
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Products this small only wait for a second thread, for long if the machine is busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@torch.no_grad()
+def llama(dtype: torch.dtype = torch.float64, **changes) -> models.LLaMA:
+    """A tiny LLaMA in which every parameter matters; norms in float32 at least, as when loaded."""
+    torch.manual_seed(0)
+    model = models.LLaMA(**TINY | changes)
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            parameter.normal_(mean=1, std=0.3)
+        else:
+            parameter.normal_(std=1 if "embed" in name else parameter.shape[1] ** -0.5)
+        wide = torch.promote_types(dtype, torch.float32)
+        parameter.data = parameter.to(wide if "norm" in name else dtype)
+    return model
+
+
+def adapted(method: str, dtype: torch.dtype = torch.float64, **changes) -> models.LLaMA:
+    model = llama(dtype, **changes)
+    tuning.adapt(model, method, OPTIONS)
+    return model
+
+
+@torch.no_grad()
+def train(model: nn.Module) -> nn.Module:
+    """Stands for training: all that is trained moves, and farther than it would."""
+    torch.manual_seed(1)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter += 0.3 * torch.randn_like(parameter)
+    return model
+
+
+def random_tokens() -> torch.Tensor:
+    return torch.randint(19, (2, 7), generator=torch.Generator().manual_seed(2))  # B N
+
+
+def difference(one: torch.Tensor, other: torch.Tensor) -> float:
+    return (one - other).abs().max().item()
+
+
+def trained_names(model: nn.Module) -> set[str]:
+    return {name for name, p in model.named_parameters() if p.requires_grad}
+
+
+def structure(model: nn.Module) -> tuple:
+    """Classes by name, shapes by key, and the number of parameters, a tied one counted once."""
+    classes = {name: type(module) for name, module in model.named_modules()}
+    shapes = {key: value.shape for key, value in model.state_dict().items()}
+    return classes, shapes, sum(p.numel() for p in model.parameters())
+
+
+# ---------------------------------------------------------------------------- one layer at a time
+
+
+def ours_and_pefts(kind: str, bias: bool) -> tuple[tuning.LoRALayer, nn.Module]:
+    """The same layer twice, with the same A, B and m, none of them at its start; α is not r."""
+    peft = pytest.importorskip("peft", reason="the reference is PEFT's layer; pip install peft")
+    torch.manual_seed(0)
+    layer = nn.Linear(9, 7, bias).requires_grad_(False)
+    model = nn.ModuleDict({"layer": copy.deepcopy(layer)})
+    config = peft.LoraConfig(
+        r=3, lora_alpha=5, target_modules=["layer"], use_dora=kind == "dora", lora_dropout=0.0
+    )
+    theirs = peft.inject_adapter_in_model(config, model)["layer"]
+    own = (tuning.DoRALayer if kind == "dora" else tuning.LoRALayer)(layer, rank=3, alpha=5)
+    with torch.no_grad():
+        for one, other in zip(trained_of(own), trained_of(theirs), strict=True):
+            assert one.shape == other.shape
+            other += 0.5 * torch.randn_like(other)
+            one.copy_(other)
+    return own, theirs
+
+
+def trained_of(layer: nn.Module) -> list[nn.Parameter]:
+    """A, B and, in DoRA, m, of a layer of ours or of PEFT's."""
+    order = ("a", "b", "m", "lora_A", "lora_B", "lora_magnitude_vector")
+    named = {name.partition(".")[0]: p for name, p in layer.named_parameters() if p.requires_grad}
+    return [named[name] for name in order if name in named]
+
+
+each_bias = pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
+each_kind = pytest.mark.parametrize("kind", ["lora", "dora"])
+
+
+@each_kind
+@each_bias
+def test_output_gradients_and_merged_weight_are_those_of_pefts_layer(kind, bias):
+    own, theirs = ours_and_pefts(kind, bias)
+    assert len(trained_of(own)) == (3 if kind == "dora" else 2)
+    x, weights = torch.randn(4, 5, 9), torch.randn(4, 5, 7)
+    results = []
+    for layer in (own, theirs):
+        inputs = x.clone().requires_grad_()
+        output = layer(inputs)
+        (output * weights).sum().backward()
+        results.append([output, inputs.grad, *(p.grad for p in trained_of(layer))])
+    for one, other in zip(*results, strict=True):
+        assert other.abs().max() > 0.1
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+    assert own.layer.weight.grad is None
+    theirs.merge()
+    merged = own.merged()
+    assert type(merged) is nn.Linear
+    torch.testing.assert_close(merged.weight, theirs.get_base_layer().weight, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(merged(x), theirs(x), atol=1e-5, rtol=1e-5)
+
+
+@each_kind
+@each_bias
+def test_a_layer_starts_as_the_frozen_one_and_merges_exactly(kind, bias):
+    torch.manual_seed(0)
+    layer, x = nn.Linear(9, 7, bias).double().requires_grad_(False), torch.randn(4, 9).double()
+    expected = layer(x)
+    own = (tuning.DoRALayer if kind == "dora" else tuning.LoRALayer)(layer, rank=3, alpha=5)
+    assert difference(own(x), expected) < 1e-14
+    assert (own.b == 0).all() and 0.1 < own.a.abs().max() <= 1 / 3  # Kaiming: up to 1 / √in
+    output = train(own)(x)
+    assert difference(output, expected) > 0.1
+    assert difference(own.merged()(x), output) < 1e-13
+
+
+def test_doras_length_is_a_constant_to_the_gradient():
+    torch.manual_seed(0)
+    own = train(tuning.DoRALayer(nn.Linear(9, 7).double().requires_grad_(False), 3, alpha=5))
+    x, weights = torch.randn(4, 9).double(), torch.randn(4, 7).double()
+
+    def gradients(output: torch.Tensor) -> tuple:
+        parameters = [own.a, own.b, own.m]
+        return torch.autograd.grad((output * weights).sum(), parameters, retain_graph=True)
+
+    updated = own.layer.weight + 5 / 3 * own.b @ own.a
+    length = updated.norm(dim=1)
+    constant = gradients(x @ updated.T * own.m / length.detach())
+    whole = gradients(x @ updated.T * own.m / length)
+    for one, other in zip(gradients(own(x)), constant, strict=True):
+        assert difference(one, other) < 1e-12
+    assert all(difference(one, other) > 0.01 for one, other in zip(constant[:2], whole[:2]))
+
+
+# -------------------------------------------------------------------------------- a whole LLaMA
+
+
+def layers(parts: tuple) -> list[str]:
+    return [f"blocks.{i}.{part}" for i in range(2) for part in parts]
+
+
+def low_rank(inside: str, *values: str) -> set[str]:
+    return {f"{name}{inside}.{value}" for name in layers(LOW_RANK) for value in values}
+
+
+SCALES = {f"{name}.gamma" for name in layers(ALL)} | {f"{name}.weight" for name in NORMS}
+TRAINED = {
+    "linear": {"norm.weight", "head.weight"},
+    "full": {name for name, _ in models.LLaMA(**TINY).named_parameters()},
+    "lora": low_rank("", "a", "b"),
+    "dora": low_rank("", "a", "b", "m"),
+    "ssf": SCALES,  # no β: a LLaMA's layers have no bias that could take it in
+    "san": SCALES,
+    "san+lora": SCALES | low_rank(".layer", "a", "b"),
+    "san+dora": SCALES | low_rank(".layer", "a", "b", "m"),
+}
+
+
+@pytest.mark.parametrize("method", tuning.METHODS)
+def test_a_method_trains_this_and_nothing_else(method):
+    model = adapted(method)
+    assert trained_names(model) == TRAINED[method]
+    model(random_tokens()).square().sum().backward()
+    reached = {name for name, p in model.named_parameters() if p.grad is not None}
+    assert reached == TRAINED[method]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("method", ADDING)
+def test_the_output_starts_as_the_base_models_and_folds_exactly(method, tied):
+    base, model, tokens = llama(tied=tied), adapted(method, tied=tied), random_tokens()
+    expected = base(tokens)
+    assert difference(model(tokens), expected) < 1e-12
+    output = train(model)(tokens)
+    assert difference(output, expected) > 0.1
+    tuning.fold(model)
+    assert difference(model(tokens), output) < 1e-10
+    assert structure(model) == structure(base)
+    assert (model.head.weight is model.embed.weight) == tied
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", ["linear", "full"])
+def test_what_adds_no_layers_folds_into_itself(method):
+    model, tokens = train(adapted(method)), random_tokens()
+    expected = model(tokens)
+    tuning.fold(model)
+    assert structure(model) == structure(llama())
+    assert torch.equal(model(tokens), expected)
+
+
+ANTERIOR = {
+    "attn.o_proj": "attn.v_proj",
+    "mlp.gate_proj": "attn.o_proj",
+    "mlp.up_proj": "attn.o_proj",
+    "mlp.down_proj": "mlp.up_proj",
+}
+
+
+def gamma_read_by(name: str, state: dict) -> torch.Tensor | float:
+    """γ' of a layer, by METHOD.md's table."""
+    _, i, part = name.split(".", 2)
+    if part not in ANTERIOR:  # q, k, v
+        return state["blocks.0.mlp.down_proj.gamma"] if i == "1" else 1.0
+    gamma = state[f"blocks.{i}.{ANTERIOR[part]}.gamma"]
+    if part == "attn.o_proj":  # 4 query heads of 8 channels share 2 value heads
+        gamma = gamma.view(2, 8)[[0, 0, 1, 1]].flatten()
+    return gamma
+
+
+def formula(method: str, base: nn.Module, model: nn.Module) -> dict[str, torch.Tensor]:
+    """diag(γ) V diag(γ') of every layer in float64, V = W, W + B A or m ⊙ (W + B A) / ‖W + B A‖.
+
+    α is r here, so that α/r is 1; SSF reads no γ'.
+    """
+    state = {key: value.double() for key, value in model.state_dict().items()}
+    weights = {}
+    for name in layers(ALL):
+        weight = base.get_submodule(name).weight.detach().double()
+        inside = f"{name}.layer" if "+" in method else name
+        if f"{inside}.a" in state:
+            weight = weight + state[f"{inside}.b"] @ state[f"{inside}.a"]
+        if f"{inside}.m" in state:
+            weight = state[f"{inside}.m"][:, None] * weight / weight.norm(dim=1, keepdim=True)
+        if f"{name}.gamma" in state:
+            columns = 1.0 if method == "ssf" else gamma_read_by(name, state)
+            weight = state[f"{name}.gamma"][:, None] * weight * columns
+        weights[name] = weight
+    return weights
+
+
+@pytest.mark.parametrize("method", ADDING)
+def test_the_folded_weights_are_the_formulas(method):
+    base, model = llama(), train(adapted(method))
+    expected, changed = formula(method, base, model), set()
+    tuning.fold(model)
+    for name, weight in expected.items():
+        folded = model.get_submodule(name).weight
+        assert difference(folded, weight) < 1e-12, name
+        if difference(folded, base.get_submodule(name).weight) > 0.01:
+            changed.add(name)
+    assert changed == {*layers(LOW_RANK if method in ("lora", "dora") else ALL)}
+
+
+@pytest.mark.parametrize("method", ADDING)
+def test_bfloat16_weights_are_tuned_in_float32_and_fold_into_bfloat16(method):
+    base, model, tokens = llama(torch.bfloat16), adapted(method, torch.bfloat16), random_tokens()
+    for name, parameter in train(model).named_parameters():
+        wide = parameter.requires_grad or "norm" in name
+        assert parameter.dtype == (torch.float32 if wide else torch.bfloat16), name
+    output = model(tokens)
+    assert output.dtype == torch.bfloat16
+    output.float().square().mean().backward()
+    assert all(p.grad.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
+    expected = formula(method, base, model)
+    tuning.fold(model)
+    assert structure(model) == structure(base)
+    roundings = 2 if "+" in method else 1  # of the update, then of the scales
+    for name, weight in expected.items():
+        folded = model.get_submodule(name).weight
+        assert folded.dtype == torch.bfloat16
+        assert ((folded - weight).abs() <= 1.01 * roundings * 2**-8 * weight.abs()).all(), name
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["vit_micro", "convnext_micro"])
+def test_a_vision_model_gets_lora_on_every_linked_layer_and_trains_its_head(name):
+    torch.manual_seed(0)
+    base, images = models.build(name, 3).double(), torch.randn(2, 3, 32, 32).double()
+    model = copy.deepcopy(base)
+    tuning.adapt(model, "lora", OPTIONS)
+    updates = {f"{link.layer}.{part}" for link in base.links() for part in "ab"}
+    assert trained_names(model) == updates | {"head.weight", "head.bias"}
+    assert difference(model(images), base(images)) == 0
+    output = train(model)(images)
+    assert difference(output, base(images)) > 0.1
+    tuning.fold(model)
+    assert difference(model(images), output) < 1e-10
+    assert structure(model) == structure(base)
+
+
+# --------------------------------------------------------------------------------------- memory
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "san", "san+lora"])
+def test_training_keeps_state_for_what_is_trained_alone_and_the_rest_in_its_place(method, tmp_path):
+    model = llama(torch.bfloat16)
+    base = {name: (p, p.data_ptr(), p.detach().clone()) for name, p in model.named_parameters()}
+    tuning.adapt(model, method, OPTIONS)
+    start = {name: value.clone() for name, value in tuning.trained_state(model).items()}
+    loader = DataLoader(TensorDataset(random_tokens()), batch_size=2)
+    loop = dict(lr=1e-3, weight_decay=0.0, epochs=2, warmup_epochs=0, seed=0)
+    args = argparse.Namespace(**loop, amp=False, resume=False)
+
+    def loss_of(model: nn.Module, batch: list) -> torch.Tensor:
+        return model(batch[0]).float().square().mean()
+
+    tuning.fit(model, loader, loss_of, lambda _: 0.0, args, tmp_path)
+
+    content = san.read(tmp_path / "checkpoint.pt")
+    assert content["model"].keys() == start.keys() == TRAINED[method]
+    assert not any(torch.equal(content["model"][name], start[name]) for name in start)
+    kept = [v.shape for state in content["optimizer"]["state"].values() for v in state.values()]
+    assert sum(shape.numel() for shape in kept if shape) == 2 * tuning.count(model)[0]
+    for name in base.keys() - TRAINED[method]:
+        parameter, place, value = base[name]
+        assert parameter.grad is None and parameter.data_ptr() == place, name
+        assert torch.equal(parameter, value), name
+
+
+STEP = '''
+"""A SAN step and its merge on a bfloat16 LLaMA: MB of its weights, and by how much memory grew."""
+import argparse
+from pathlib import Path
+
+import torch
+
+import models, tuning
+
+options = argparse.Namespace(wiring="exact", mode="both", shift=False, rank=4)
+models.initialise = lambda *_, **__: None  # torch's own values do, and come sooner
+
+
+def resident(kind):
+    return int(Path("/proc/self/status").read_text().split(kind)[1].split()[0]) / 1e3
+
+
+def step(dim, depth, hidden):
+    torch.set_default_dtype(torch.bfloat16)
+    model = models.LLaMA(512, dim, depth, heads=8, kv_heads=4, hidden=hidden, context=32)
+    torch.set_default_dtype(torch.float32)
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            parameter.data = parameter.float()
+    weights = sum(p.nbytes for p in model.parameters()) / 1e6
+    tuning.adapt(model, "san", options)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    model(torch.arange(8)[None]).float().square().mean().backward()
+    optimizer.step()
+    tuning.fold(model)
+    return weights
+
+
+step(64, 1, 96)  # what torch loads at its first step is not the model's
+before = resident("VmRSS:")
+print(step(768, 9, 2304), resident("VmHWM:") - before)
+'''
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak is read from /proc")
+def test_a_step_and_a_merge_take_hardly_more_memory_than_the_bfloat16_weights():
+    # glibc gives what is larger back when it is freed; what it keeps would count
+    settings = {"MALLOC_MMAP_THRESHOLD_": "1000000", "OMP_NUM_THREADS": "1"}
+    command, env = [sys.executable, "-c", STEP], os.environ | settings
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    weights, growth = map(float, done.stdout.split())
+    assert weights > 120
+    allowance = 10  # MB: activations of 8 tokens, a layer folded in float32; a copy is 129
+    assert weights * 0.9 < growth < 1.3 * weights + allowance
