@@ -1,11 +1,17 @@
-"""The data sets: `sprites`, drawn here, torchvision's, and folders of pictures.
+"""The data sets, read for training: pictures first, then language.
 
-Every set comes back as `Data`: three splits of (picture, label) pairs, a picture being 3×H×W
-bytes and a label one whole number a factor (most sets have one factor, the class).
-`to_input` turns a batch of bytes into what a model reads, on whatever device it is.
+Pictures are sprites, torchvision's sets and folders. Each comes back as `Data`: three splits of
+(picture, label) pairs, a picture being 3×H×W bytes and a label one whole number a factor (most
+sets have one factor, the class). `to_input` turns a batch of bytes into what a model reads.
+Language is microworld and the paper's eight commonsense tasks. Each comes back as `Questions`,
+every one with its options; a tokenizer turns text into numbers.
+[us] our choice, as in san.py.
 """
 
-import math
+import http.client
+import json
+import re
+import urllib.request
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,7 +21,9 @@ from torch.utils.data import Dataset, Subset, TensorDataset
 from torchvision import datasets
 from torchvision.transforms import v2
 
-TASKS = ("shape", "location", "orientation", "count")  # of sprites; "source" is for pre-training
+import microworld
+import san
+import sprites
 
 
 class Data(NamedTuple):
@@ -53,7 +61,7 @@ def load(
     number that cannot be used, OSError for files that are missing, broken or cannot be downloaded.
     """
     if name == "sprites":
-        data = sprites(task, source_size)
+        data = from_sprites(task, source_size)
     elif name in TORCHVISION:
         data = from_torchvision(name, Path(data_dir), image_size)
     elif Path(name).is_dir():
@@ -86,68 +94,7 @@ def subset(pictures: Dataset, start: int, stop: int) -> Subset:
     return Subset(pictures, order[start:stop].tolist())
 
 
-# --------------------------------------------------------------------------------------- sprites
-
-PIXELS = 32
-FACTORS = dict(shape=6, hue=8, texture=3, size=4, orientation=8, location=16, background=3)
-
-
-def disc(u: Tensor, v: Tensor, cu: float, cv: float, radius: float) -> Tensor:
-    """Signed distance to a disc: negative inside, positive outside."""
-    return ((u - cu) ** 2 + (v - cv) ** 2).sqrt() - radius
-
-
-def box(u: Tensor, v: Tensor, cu: float, cv: float, half_width: float, half_height: float):
-    """Signed distance (the largest over the sides) to a box."""
-    return torch.maximum((u - cu).abs() - half_width, (v - cv).abs() - half_height)
-
-
-def wedge(u: Tensor, v: Tensor, tip: float, base: float, half_width: float) -> Tensor:
-    """An upright or inverted triangle with its tip at (0, tip) and its base at height `base`."""
-    slope = half_width / abs(tip - base)
-    way = 1 if tip > base else -1
-    side = (u.abs() - slope * way * (tip - v)) / math.sqrt(1 + slope**2)
-    return torch.maximum(side, way * (base - v))
-
-
-def union(*shapes: Tensor) -> Tensor:
-    """Signed distance to what lies in any of the shapes."""
-    return torch.stack(shapes).amin(0)
-
-
-def cut(shape: Tensor, hole: Tensor) -> Tensor:
-    """Signed distance to what lies in the shape and not in the hole."""
-    return torch.maximum(shape, -hole)
-
-
-# Twelve shapes about 2 wide, none with a rotational symmetry: each has one orientation alone.
-SOURCE_SHAPES = [
-    lambda u, v: wedge(u, v, 1.0, -0.8, 0.7),  # triangle
-    lambda u, v: torch.maximum(disc(u, v, 0, -0.4, 1.0), -0.4 - v),  # half disc
-    lambda u, v: union(box(u, v, -0.5, 0, 0.3, 0.9), box(u, v, 0.1, -0.6, 0.8, 0.3)),  # L
-    lambda u, v: union(box(u, v, 0, 0.6, 0.8, 0.3), box(u, v, 0, -0.2, 0.28, 0.8)),  # T
-    lambda u, v: union(disc(u, v, 0, -0.35, 0.6), wedge(u, v, 1.0, -0.2, 0.6)),  # drop
-    lambda u, v: cut(
-        disc(u, v, 0, 0, 0.95), union(disc(u, v, 0, 0, 0.45), box(u, v, 0, 0.7, 0.4, 0.7))
-    ),  # horseshoe
-]
-TARGET_SHAPES = [
-    lambda u, v: cut(disc(u, v, 0, 0, 0.95), disc(u, v, 0.1, 0.5, 0.7)),  # moon
-    lambda u, v: cut(disc(u, v, 0, 0, 0.95), wedge(u, v, 0.0, 1.2, 1.0)),  # cut cake
-    lambda u, v: union(wedge(u, v, 1.0, 0.0, 0.8), box(u, v, 0, -0.45, 0.25, 0.5)),  # arrow
-    lambda u, v: union(wedge(u, v, 1.0, 0.1, 0.85), box(u, v, 0, -0.35, 0.6, 0.5)),  # house
-    lambda u, v: union(
-        disc(u, v, -0.4, 0.35, 0.48), disc(u, v, 0.4, 0.35, 0.48), wedge(u, v, -0.95, 0.15, 0.82)
-    ),  # heart
-    lambda u, v: union(
-        cut(disc(u, v, 0, 0.4, 0.55), disc(u, v, 0, 0.4, 0.25)),
-        box(u, v, 0, -0.5, 0.15, 0.5),
-        box(u, v, 0.25, -0.8, 0.2, 0.15),
-    ),  # key
-]
-
-
-def sprites(task: str, source_size: int = 100_000) -> Data:
+def from_sprites(task: str, source_size: int = 100_000) -> Data:
     """Our stand-in for VTAB-1k's structured tasks, drawn on the fly, the same on every machine.
 
     source: one of six shapes a picture, all FACTORS asked at once; for pre-training.
@@ -155,107 +102,17 @@ def sprites(task: str, source_size: int = 100_000) -> Data:
     small dots; 800 training, 200 validation and 2000 test pictures.
     """
     if task == "source":
-        sizes, factors = (source_size, 2000, 2000), list(FACTORS.values())
-    elif task in TASKS:
-        sizes, factors = (800, 200, 2000), [5 if task == "count" else FACTORS[task]]
+        sizes, factors = (source_size, 2000, 2000), list(sprites.FACTORS.values())
+    elif task in sprites.TASKS:
+        sizes, factors = (800, 200, 2000), [5 if task == "count" else sprites.FACTORS[task]]
     else:
-        raise ValueError(f"task '{task}' is unknown; choose one of source, {', '.join(TASKS)}")
+        names = ", ".join(sprites.TASKS)
+        raise ValueError(f"task '{task}' is unknown; choose one of source, {names}")
     # a stream of its own for every task and split, whatever the run's seed
-    seeds = [10 * ("source", *TASKS).index(task) + split for split in range(3)]
-    train, val, test = (TensorDataset(*draw(task, n, seed)) for n, seed in zip(sizes, seeds))
+    seeds = [10 * ("source", *sprites.TASKS).index(task) + split for split in range(3)]
+    drawn = [sprites.draw(task, n, seed) for n, seed in zip(sizes, seeds)]
+    train, val, test = (TensorDataset(*pair) for pair in drawn)
     return Data(train, train, val, test, factors)
-
-
-def draw(task: str, count: int, seed: int) -> tuple[Tensor, Tensor]:
-    """`count` pictures (bytes, count×3×32×32) of a sprites task and their labels, count×factors.
-
-    Positions, distances and colours are float64, so that what processors round differently is
-    far below a byte's step; the tests pin digests of the pictures.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    drawn = [draw_some(task, min(500, count - i), generator) for i in range(0, count, 500)]
-    images, labels = zip(*drawn)
-    return torch.cat(images), torch.cat(labels)
-
-
-def draw_some(task: str, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Draw what is in n pictures, then paint: background, clutter, objects. Lengths in pixels."""
-
-    def uniform(low: float, high: float, *size: int) -> Tensor:
-        draws = torch.rand(*size, dtype=torch.float64, generator=generator)
-        return low + (high - low) * draws
-
-    def choice(options: int, *size: int) -> Tensor:
-        return torch.randint(options, size, generator=generator)
-
-    slots = 5 if task == "count" else 1  # places for objects in a picture
-    factor = {name: choice(options, n, slots) for name, options in FACTORS.items()}
-    number = choice(5, n) if task == "count" else torch.zeros(n, dtype=torch.long)
-    if task == "count":  # objects of about 3.5 pixels in different cells of a 3×3 grid: no overlap
-        cell = uniform(0, 1, n, 9).argsort(1)[:, :5]
-        corner, pitch, spread, radius = PIXELS / 6, PIXELS / 3, 1.0, uniform(3.0, 4.2, n, slots)
-    else:  # the label is a cell of a 4×4 grid, the object anywhere in it
-        cell = factor["location"]
-        corner, pitch, spread = 7.0, 6.0, 3.0
-        radius = 4.0 + (factor["size"] + uniform(0.1, 0.9, n, slots)) * 1.25
-    side = 3 if task == "count" else 4
-    x = corner + pitch * (cell % side) + uniform(-spread, spread, n, slots)
-    y = corner + pitch * (cell // side) + uniform(-spread, spread, n, slots)
-    angle = (factor["orientation"] + uniform(-0.3, 0.3, n, slots)) * (2 * math.pi / 8)
-    hue = (factor["hue"] + uniform(-0.25, 0.25, n, slots)) / 8
-    colour = to_rgb(hue, uniform(0.7, 1.0, n, slots), uniform(0.75, 1.0, n, slots))
-
-    rows = torch.arange(PIXELS, dtype=torch.float64) + 0.5
-    py, px = torch.meshgrid(rows, rows, indexing="ij")  # 32 32
-    canvas = background(factor["background"][:, 0], uniform, px, py)  # n 3 32 32
-    if task != "source":
-        for _ in range(6):  # clutter: dots of any colour, at most one pixel and a half in radius
-            at = [uniform(0, PIXELS, n, 1, 1) for _ in range(2)]
-            cover = (0.5 - disc(px, py, *at, uniform(0.7, 1.4, n, 1, 1))).clamp(0, 1)
-            dot = to_rgb(uniform(0, 1, n), uniform(0.3, 1.0, n), uniform(0.4, 1.0, n))
-            canvas = mix(canvas, cover, dot[:, :, None, None])
-    for k in range(slots):
-        dx, dy = px - x[:, k, None, None], y[:, k, None, None] - py  # y runs upward for shapes
-        cos, sin = angle[:, k, None, None].cos(), angle[:, k, None, None].sin()
-        scale = radius[:, k, None, None]
-        u, v = (cos * dx + sin * dy) / scale, (cos * dy - sin * dx) / scale
-        distance = torch.empty_like(u)
-        for i, shape in enumerate(SOURCE_SHAPES if task == "source" else TARGET_SHAPES):
-            mine = factor["shape"][:, k] == i
-            distance[mine] = shape(u[mine], v[mine])
-        cover = (0.5 - distance * scale).clamp(0, 1) * (k <= number)[:, None, None]
-        stripes, across = (u * 7).sin() > 0, (v * 7).sin() > 0
-        texture = factor["texture"][:, k, None, None]
-        dark = ((texture == 1) & stripes) | ((texture == 2) & (stripes ^ across))
-        paint = colour[:, k, :, None, None] * torch.where(dark, 0.4, 1.0).unsqueeze(1)
-        canvas = mix(canvas, cover, paint)
-    images = (canvas.clamp(0, 1) * 255).round().to(torch.uint8)
-    if task == "source":
-        return images, torch.cat(list(factor.values()), dim=1)
-    return images, number[:, None] if task == "count" else factor[task]
-
-
-def mix(below: Tensor, cover: Tensor, above: Tensor) -> Tensor:
-    """Lay `above` over `below` with coverage n×32×32 between 0 and 1."""
-    return below + cover.unsqueeze(1) * (above - below)
-
-
-def to_rgb(hue: Tensor, saturation: Tensor, value: Tensor) -> Tensor:
-    """Hue, saturation and value in 0…1, any shape → RGB along a new last axis."""
-    wheel = (hue.unsqueeze(-1) * 6 + torch.tensor([0.0, 4.0, 2.0], dtype=torch.float64)) % 6
-    pure = ((wheel - 3).abs() - 1).clamp(0, 1)
-    return value.unsqueeze(-1) * (1 - saturation.unsqueeze(-1) * (1 - pure))
-
-
-def background(kind: Tensor, uniform, px: Tensor, py: Tensor) -> Tensor:
-    """n×3×32×32: plain (0), a gradient in any direction (1) or noise on every pixel (2)."""
-    n = len(kind)
-    base = to_rgb(uniform(0, 1, n), uniform(0, 0.5, n), uniform(0.1, 0.5, n))[:, :, None, None]
-    way = uniform(0, 2 * math.pi, n, 1, 1)
-    ramp = ((px / PIXELS - 0.5) * way.cos() + (py / PIXELS - 0.5) * way.sin()).unsqueeze(1) * 0.5
-    noise = uniform(-0.2, 0.2, n, 3, PIXELS, PIXELS)
-    kind = kind[:, None, None, None]
-    return base + ramp * (kind == 1) + noise * (kind == 2)
 
 
 # ----------------------------------------------------------------- torchvision's sets and folders
@@ -404,3 +261,236 @@ def from_folder(root: Path, image_size: int) -> Data:
         Single(test, plain),
         [len(train.classes)],
     )
+
+
+# ------------------------------------------------------------------------------ language: tokens
+
+# The prompt of LLM-Adapters (Hu et al. 2023), which the paper's language experiments use: its
+# words, without the indentation that its code puts before every line [us].
+PROMPT = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes "
+    "the request.\n\n### Instruction:\n{}\n\n### Response:\n"
+)
+OUTPUT = "the correct answer is {}"
+
+
+class Tokenizer:
+    """Text ↔ numbers, with a small vocabulary of our own [us].
+
+    0 … 255 are bytes, 256 ends a text, and from 257 on every number is one of `pieces`: words with
+    the space before them, digits, signs, and the fixed sentences of the prompt. What is no piece
+    is spelled in bytes, so that every text can be written and comes back the same.
+    """
+
+    end = 256
+    WORD = r" ?[A-Za-z]+|\d|\s|[^\w\s]|\w"
+
+    def __init__(self, pieces: list[str]):
+        self.pieces = list(pieces)
+        self.number = {piece: 257 + i for i, piece in enumerate(pieces)}
+        sentences = [piece for piece in pieces if not re.fullmatch(self.WORD, piece)]
+        escaped = [re.escape(piece) for piece in sorted(sentences, key=len, reverse=True)]
+        self.pattern = re.compile("|".join([*escaped, self.WORD]))
+
+    def __len__(self) -> int:
+        return 257 + len(self.pieces)
+
+    def encode(self, text: str) -> list[int]:
+        numbers = []
+        for piece in self.pattern.findall(text):
+            numbers += [self.number[piece]] if piece in self.number else piece.encode()
+        return numbers
+
+    def decode(self, numbers: list[int]) -> str:
+        """The text of `encode`'s numbers; an end is left out."""
+        known = [n for n in numbers if n != self.end]
+        parts = [bytes([n]) if n < 256 else self.pieces[n - 257].encode() for n in known]
+        return b"".join(parts).decode(errors="replace")
+
+
+def microworld_tokenizer() -> Tokenizer:
+    """Its pieces are the words of the microworld, met in its documents and questions."""
+    texts = microworld.corpus(10_000)
+    for family in microworld.FAMILIES:
+        texts += [r["instruction"] for r in microworld.questions(family, "train", 200)]
+    sentences = [*PROMPT.split("{}"), OUTPUT.removesuffix(" {}")]
+    sentences += [*microworld.HEADS.values(), microworld.FORM]
+    pieces = {piece for text in texts for piece in re.findall(Tokenizer.WORD, text)}
+    pieces |= {*microworld.PEOPLE, *sentences}  # a name without a space begins some documents
+    return Tokenizer(sorted(pieces))
+
+
+class LlamaTokenizer:
+    """A checkpoint's own tokenizer.json, read by the `tokenizers` package; `end` as in config.json.
+
+    Raises OSError if the file is missing or broken, ValueError if the package is.
+    """
+
+    def __init__(self, folder: Path):
+        path = folder / "tokenizer.json"
+        if not path.is_file():
+            raise OSError(
+                f"{folder} has no tokenizer.json; fetch it from where the weights are from"
+            )
+        try:
+            import tokenizers
+        except ImportError as error:
+            raise ValueError(
+                "a checkpoint's tokenizer needs packages: pip install -r requirements-extra.txt"
+            ) from error
+        try:
+            self.inner = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the package raises plain Exceptions
+            raise OSError(f"{path} is no tokenizer that can be read ({error})") from error
+        end = json.loads((folder / "config.json").read_text()).get("eos_token_id")
+        self.end = next(iter(end), None) if isinstance(end, list) else end
+        if type(self.end) is not int or not 0 <= self.end < len(self):
+            raise OSError(f"{folder / 'config.json'} has no eos_token_id that {path.name} knows")
+
+    def __len__(self) -> int:
+        return self.inner.get_vocab_size()
+
+    def encode(self, text: str) -> list[int]:
+        return self.inner.encode(text).ids
+
+    def decode(self, numbers: list[int]) -> str:
+        return self.inner.decode(numbers)
+
+
+# ------------------------------------------------------------------------- language: eight tasks
+
+EIGHT = microworld.FAMILIES  # the folders' names are the tasks' names in LLM-Adapters
+LLM_ADAPTERS = "https://raw.githubusercontent.com/AGI-Edgerunners/LLM-Adapters/main"
+
+
+class Question(NamedTuple):
+    """A prompt, the text to learn after it, the options and which of them is right."""
+
+    prompt: str
+    output: str
+    options: tuple[str, ...]
+    answer: int
+
+
+class Questions(NamedTuple):
+    """The questions of each split by task."""
+
+    train: dict[str, list[Question]]
+    val: dict[str, list[Question]]
+    test: dict[str, list[Question]]
+
+
+def load_questions(
+    source: str, tasks: list[str], train_file: str | None = None, shots: int | None = None
+) -> Questions:
+    """Questions of 'microworld' or of a folder with <task>/train.json and <task>/test.json.
+
+    A task's validation questions are a fifth of its training questions, at most 200, in the way
+    of VTAB-1k; shots: how many labelled questions a task has in all, those for validation among
+    them. train_file: one file with the training questions of all tasks (the paper's
+    commonsense_170k.json) in place of every train.json. Which questions those are does not depend
+    on a run's seed.
+
+    Raises ValueError for an unknown or empty task or too many shots, OSError for a file that is
+    missing and cannot be downloaded, or broken.
+    """
+    folder = Path(source)
+    if source != "microworld" and not folder.is_dir():
+        raise ValueError(f"--data {source} is neither a folder nor 'microworld'")
+    unknown = [task for task in tasks if task not in EIGHT and not (folder / task).is_dir()]
+    if unknown:
+        raise ValueError(f"task '{unknown[0]}' is unknown; choose from {', '.join(EIGHT)}")
+    train, val, test = {}, {}, {}
+    for task in tasks:
+        if source == "microworld":
+            made = [microworld.questions(task, s, n) for s, n in microworld.COUNTS.items()]
+            own, held, asked = (
+                [question(record, f"microworld, {task}") for record in records] for records in made
+            )
+        else:
+            asked = read_questions(folder / task / "test.json")
+            own = held = None
+            if train_file is None:
+                own = read_questions(folder / task / "train.json")
+        test[task] = asked
+        if own is not None:
+            val[task], train[task] = hold_out(own, held, shots, task)
+    if train_file is not None and source == "microworld":
+        raise ValueError("--train-file goes with --data DIR, not with microworld")
+    if train_file is not None:
+        name = Path(train_file).stem
+        val[name], train[name] = hold_out(read_questions(Path(train_file)), None, shots, train_file)
+    return Questions(train, val, test)
+
+
+def hold_out(
+    own: list[Question], held: list[Question] | None, shots: int | None, task: str
+) -> tuple[list[Question], list[Question]]:
+    """(validation, training) questions: a fifth and the rest, of `shots` or of all."""
+    order = torch.randperm(len(own), generator=torch.Generator().manual_seed(0)).tolist()
+    own = [own[i] for i in order]
+    if shots is None:
+        val = len(held) if held else min(200, len(own) // 5)
+        train = len(own) - (0 if held else val)
+    else:
+        val = min(200, shots // 5)
+        train = shots - val
+    held = held or own[train : train + val]
+    if min(train, val) < 1 or train > len(own) or len(held) < val:
+        raise ValueError(
+            f"{task} has {len(own)} training questions, too few for {train} to train on and "
+            f"{val} to validate with; at least 5 are needed, and as many as --shots asks for"
+        )
+    return held[:val], own[:train]
+
+
+def read_questions(path: Path) -> list[Question]:
+    """A file of LLM-Adapters' format, downloaded if it is not there. Raises OSError."""
+    if not path.is_file():
+        name = f"{path.parent.name}/{path.name}"
+        is_joint = path.name == "commonsense_170k.json"
+        address = (
+            f"{LLM_ADAPTERS}/{'ft-training_set/' + path.name if is_joint else 'dataset/' + name}"
+        )
+        try:
+            with urllib.request.urlopen(address, timeout=30) as answer:
+                text = answer.read()
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            raise OSError(
+                f"there is no {path}, and it could not be downloaded ({error}); where there is no "
+                f"network, fetch {address} and put it there"
+            ) from error
+        san.write(text, path, save=lambda content, file: file.write_bytes(content))
+    try:
+        records = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # broken JSON or broken UTF-8
+        raise OSError(f"{path} is not JSON ({error}); fetch it again") from error
+    if not isinstance(records, list):
+        raise OSError(f"{path} is not a list of questions")
+    if not records:
+        raise OSError(f"{path} holds no question")
+    return [question(record, f"{path}, example {i}") for i, record in enumerate(records)]
+
+
+def question(record: dict, where: str) -> Question:
+    """One record of LLM-Adapters' format; its own "Answer format" line names the options."""
+    keys = ("instruction", "output", "answer")
+    missing = [
+        k for k in keys if not isinstance(record, dict) or not isinstance(record.get(k), str)
+    ]
+    if missing:
+        raise OSError(f"{where} has no text called '{missing[0]}'")
+    instruction, output, answer = (record[key].strip() for key in keys)
+    if record.get("input"):
+        instruction += f"\n\n{record['input']}"
+    form = re.search(r"Answer format:(.+)$", record["instruction"].strip())
+    if not form:
+        raise OSError(
+            f"{where} does not end with an 'Answer format: …' line that names its options"
+        )
+    options = tuple(option.strip() for option in form[1].split("/"))
+    if len(set(options)) < max(2, len(options)) or "" in options:
+        raise OSError(f"{where} needs two options or more, all different, not '{form[1].strip()}'")
+    if answer not in options:
+        raise OSError(f"{where} has the answer '{answer}', which is not among {', '.join(options)}")
+    return Question(PROMPT.format(instruction), output, options, options.index(answer))

@@ -23,6 +23,7 @@ from tqdm import tqdm
 import data as data_sets
 import models
 import san
+import sprites
 import tuning
 
 WEIGHTS = Path(__file__).parent / "weights"
@@ -50,7 +51,7 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     add = p.add_argument
     names = ", ".join(data_sets.TORCHVISION)
     add("--dataset", default="sprites", help=f"sprites, {names}, or a folder with train/, test/")
-    tasks = ["source", *data_sets.TASKS, "all"]
+    tasks = ["source", *sprites.TASKS, "all"]
     add("--task", default="shape", choices=tasks, help="of sprites; 'all' with --compare")
     add("--data-dir", default="data", help="where torchvision's sets are or go")
     add("--shots", type=tuning.positive, help="labelled pictures in all, a fifth for validation")
@@ -62,13 +63,13 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     add("--workers", type=int, help="processes that load pictures")
     tuning.add_flags(p, list(LEARNING_RATES), epochs=20, batch=32)
     args = p.parse_args(words)
-    sprites = args.dataset == "sprites"
-    args.model = args.model or ["vit_micro" if sprites else "vit_b16"]
+    drawn = args.dataset == "sprites"
+    args.model = args.model or ["vit_micro" if drawn else "vit_b16"]
     if not args.compare and (len(args.model) > 1 or args.task == "all"):
         p.error("several models or tasks at once go with --compare")
     tuning.check_flags(p, args)
     if args.workers is None:
-        args.workers = 0 if sprites else min(8, torch.get_num_threads())
+        args.workers = 0 if drawn else min(8, torch.get_num_threads())
     return args
 
 
@@ -91,8 +92,8 @@ def main() -> None:
 
 def load_data(args: argparse.Namespace, task: str, model: str) -> data_sets.Data:
     size = args.image_size or models.SIZES[model][1]
-    if args.dataset == "sprites" and size != data_sets.PIXELS:
-        raise ValueError(f"sprites are {data_sets.PIXELS} px; take a micro model, not {model}")
+    if args.dataset == "sprites" and size != sprites.PIXELS:
+        raise ValueError(f"sprites are {sprites.PIXELS} px; take a micro model, not {model}")
     return data_sets.load(args.dataset, task, args.data_dir, size, args.shots)
 
 
@@ -300,7 +301,7 @@ def compare(args: argparse.Namespace) -> None:
     """
     tasks = [args.task]
     if args.task == "all" and args.dataset == "sprites":
-        tasks = data_sets.TASKS
+        tasks = sprites.TASKS
     task_of = {name_of(args, task): task for task in tasks}
     keys = [
         {"task": task, "model": name, "method": method}

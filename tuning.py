@@ -501,6 +501,8 @@ def reopen(
     folder = Path(args.evaluate)
     try:
         config = json.loads((folder / "config.json").read_text())
+        if lacking := vars(args).keys() - config.keys():
+            raise KeyError(f"config.json lacks {', '.join(sorted(lacking))}")
         saved = argparse.Namespace(**config | {key: getattr(args, key) for key in own})
         path = folder / ("model.pt" if saved.method == "full" else "merged.pt")
         content = san.read(path)

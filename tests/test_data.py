@@ -20,8 +20,9 @@ from PIL import Image
 from torch.utils.data import TensorDataset
 
 import data
+import sprites
 
-ALL_TASKS = ["source", *data.TASKS]
+ALL_TASKS = ["source", *sprites.TASKS]
 CLASSES = {"shape": 6, "location": 16, "orientation": 8, "count": 5}
 
 
@@ -37,7 +38,7 @@ def no_network(monkeypatch):
 
 
 @cache
-def sprites(task: str) -> data.Data:
+def loaded(task: str) -> data.Data:
     return data.load("sprites", task=task, source_size=3000)
 
 
@@ -56,36 +57,38 @@ def tensors(split: TensorDataset) -> tuple[torch.Tensor, torch.Tensor]:
     ],
 )
 def test_sprites_are_the_same_bytes_on_every_machine(task, digest):
-    images, labels = data.draw(task, 20, seed=7)
+    images, labels = sprites.draw(task, 20, seed=7)
     content = images.numpy().tobytes() + labels.to(torch.uint8).numpy().tobytes()
     assert hashlib.sha256(content).hexdigest()[:16] == digest
 
 
 def test_another_seed_draws_other_sprites():
-    assert not torch.equal(data.draw("shape", 20, seed=1)[0], data.draw("shape", 20, seed=2)[0])
+    assert not torch.equal(
+        sprites.draw("shape", 20, seed=1)[0], sprites.draw("shape", 20, seed=2)[0]
+    )
 
 
-@pytest.mark.parametrize("task", data.TASKS)
+@pytest.mark.parametrize("task", sprites.TASKS)
 def test_a_target_task_has_800_200_and_2000_pictures(task):
-    splits = sprites(task)
+    splits = loaded(task)
     sizes = [len(splits.train), len(splits.plain), len(splits.val), len(splits.test)]
     assert sizes == [800, 800, 200, 2000]
 
 
 @pytest.mark.parametrize("task", ALL_TASKS)
 def test_sprites_are_bytes_of_32_by_32_and_one_whole_number_a_factor(task):
-    for split in (sprites(task).train, sprites(task).val, sprites(task).test):
+    for split in (loaded(task).train, loaded(task).val, loaded(task).test):
         images, labels = tensors(split)
         assert images.shape == (len(split), 3, 32, 32) and images.dtype == torch.uint8
-        assert labels.shape == (len(split), len(sprites(task).factors))
+        assert labels.shape == (len(split), len(loaded(task).factors))
         assert labels.dtype == torch.long
 
 
 @pytest.mark.parametrize("task", ALL_TASKS)
 def test_every_class_of_every_factor_is_about_as_frequent_as_the_others(task):
     expected = [6, 8, 3, 4, 8, 16, 3] if task == "source" else [CLASSES[task]]
-    assert sprites(task).factors == expected
-    for split in (sprites(task).train, sprites(task).val, sprites(task).test):
+    assert loaded(task).factors == expected
+    for split in (loaded(task).train, loaded(task).val, loaded(task).test):
         for column, classes in zip(tensors(split)[1].T, expected):
             counts = column.bincount(minlength=classes)
             mean = len(split) / classes
@@ -95,7 +98,7 @@ def test_every_class_of_every_factor_is_about_as_frequent_as_the_others(task):
 
 @pytest.mark.parametrize("task", ALL_TASKS)
 def test_no_picture_is_in_two_splits(task):
-    images = [*sprites(task)[:1], *sprites(task)[2:4]]
+    images = [*loaded(task)[:1], *loaded(task)[2:4]]
     seen = [image.numpy().tobytes() for split in images for image in tensors(split)[0]]
     assert len(set(seen)) == len(seen)
 
@@ -111,7 +114,7 @@ def silhouette(index: int, eighths: int = 0) -> torch.Tensor:
     line = (torch.arange(64, dtype=torch.float64) + 0.5) / 64 * 2.6 - 1.3
     v, u = torch.meshgrid(line, line, indexing="ij")
     cos, sin = math.cos(eighths * math.pi / 4), math.sin(eighths * math.pi / 4)
-    return (data.SOURCE_SHAPES + data.TARGET_SHAPES)[index](
+    return (sprites.SOURCE_SHAPES + sprites.TARGET_SHAPES)[index](
         cos * u + sin * v, cos * v - sin * u
     ) < 0
 
@@ -133,7 +136,7 @@ def test_a_shape_differs_from_every_other_shape_however_it_is_turned(index):
 
 
 def test_source_and_target_have_six_shapes_each():
-    assert len(data.SOURCE_SHAPES) == len(data.TARGET_SHAPES) == 6
+    assert len(sprites.SOURCE_SHAPES) == len(sprites.TARGET_SHAPES) == 6
 
 
 @pytest.fixture
@@ -141,18 +144,18 @@ def drawing(monkeypatch):
     """Draws pictures, and gives the area that each thing laid on the background covers."""
 
     def draw(task: str, shapes=None) -> tuple[list[torch.Tensor], torch.Tensor]:
-        covers, mix = [], data.mix
+        covers, mix = [], sprites.mix
 
         def recording_mix(below, cover, above):
             covers.append(cover)
             return mix(below, cover, above)
 
         with monkeypatch.context() as patch:
-            patch.setattr(data, "mix", recording_mix)
+            patch.setattr(sprites, "mix", recording_mix)
             if shapes:
-                patch.setattr(data, "SOURCE_SHAPES", shapes)
-                patch.setattr(data, "TARGET_SHAPES", shapes)
-            labels = data.draw(task, 300, seed=5)[1]
+                patch.setattr(sprites, "SOURCE_SHAPES", shapes)
+                patch.setattr(sprites, "TARGET_SHAPES", shapes)
+            labels = sprites.draw(task, 300, seed=5)[1]
         return covers, labels
 
     return draw
@@ -167,7 +170,7 @@ def centre(cover: torch.Tensor) -> torch.Tensor:
 
 def dots(u: float, v: float) -> list:
     """Six shapes that are all one small disc, so that a cover's centre is an exact place."""
-    return [lambda x, y: data.disc(x, y, u, v, 0.2)] * 6
+    return [lambda x, y: sprites.disc(x, y, u, v, 0.2)] * 6
 
 
 @pytest.mark.parametrize("task, laid", [("source", 1), ("shape", 7), ("count", 11)])
@@ -205,7 +208,7 @@ def test_the_orientation_label_is_the_eighth_by_which_the_object_is_turned(drawi
 @pytest.mark.parametrize("task, column", [("shape", 0), ("source", 0)])
 def test_the_shape_label_is_the_shape_that_is_drawn(drawing, task, column):
     radii = [0.1, 0.25, 0.4, 0.55, 0.7, 0.85]
-    discs = [lambda u, v, r=r: data.disc(u, v, 0, 0, r) for r in radii]
+    discs = [lambda u, v, r=r: sprites.disc(u, v, 0, 0, r) for r in radii]
     labels = drawing(task, discs)[1][:, column]
     for index in range(6):
         only_one = [lambda u, v: torch.ones_like(u)] * 6

@@ -1,0 +1,921 @@
+"""train_lm.py: loss and scores are the naive ones, and what a user meets who runs it."""
+
+import argparse
+import copy
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import data
+import microworld
+import models
+import san
+import train_lm
+import tuning
+
+ROOT = Path(__file__).parent.parent
+TINY = dict(dim=32, depth=2, heads=4, kv_heads=2, hidden=48, context=96)
+CPU = torch.device("cpu")
+each_method = pytest.mark.parametrize("method", tuning.METHODS)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Products this small only wait for a second thread, for long if the machine is busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def command(*words) -> int:
+    """Run train_lm.py in this process and return its exit code."""
+    before = sys.argv
+    sys.argv = ["train_lm.py", *map(str, words)]
+    try:
+        train_lm.main()
+    except SystemExit as stop:
+        return stop.code or 0
+    finally:
+        sys.argv = before
+    return 0
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> data.Tokenizer:
+    return data.microworld_tokenizer()
+
+
+@torch.no_grad()
+def tiny_model(vocab: int, **changes) -> models.LLaMA:
+    """A random LLaMA in which everything matters, its logits far from equal."""
+    torch.manual_seed(0)
+    model = models.LLaMA(vocab, **TINY | changes)
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            parameter.normal_(mean=1, std=0.3)
+        else:
+            parameter.normal_(std=1 if "embed" in name else parameter.shape[1] ** -0.5)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer) -> models.LLaMA:
+    return tiny_model(len(tokenizer))
+
+
+@pytest.fixture(scope="module")
+def weights(model, tokenizer, tmp_path_factory) -> Path:
+    """That model in a file, as a run would save it."""
+    path = tmp_path_factory.mktemp("weights") / "tiny.pt"
+    content = {"pieces": tokenizer.pieces, "numbers": model.numbers}
+    san.write(content | {"state_dict": model.state_dict()}, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Two tasks, with two and three options, in files: 20 training and 9 test questions each."""
+    root = tmp_path_factory.mktemp("data") / "two"
+    for task in ("boolq", "social_i_qa"):
+        (root / task).mkdir(parents=True)
+        for split, count in (("train", 20), ("test", 9)):
+            content = json.dumps(microworld.questions(task, split, count))
+            (root / task / f"{split}.json").write_text(content)
+    return root
+
+
+@pytest.fixture(scope="module")
+def flags(folder, weights) -> list:
+    """A run of a moment: two epochs of the tiny model on the little folder, on the CPU."""
+    flags = ["--data", folder, "--tasks", "boolq", "social_i_qa", "--weights", weights]
+    return [*flags, "--epochs", 2, "--batch-size", 4, "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def finished(flags, tmp_path_factory) -> Path:
+    """Such a run, of SAN on bfloat16 weights, which no test may change."""
+    out = tmp_path_factory.mktemp("finished") / "run"
+    assert command(*flags, "--dtype", "bfloat16", "--out", out) == 0
+    return out
+
+
+def metrics(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_times(records: list[dict]) -> list[dict]:
+    timed = {"seconds", "questions_per_second", "wall", "memory"}
+    return [{k: v for k, v in record.items() if k not in timed} for record in records]
+
+
+def asked(text: str, options: list[str], answer: int = 0) -> data.Question:
+    output = data.OUTPUT.format(options[answer])
+    return data.Question(data.PROMPT.format(text), output, tuple(options), answer)
+
+
+# one-token tails, tails of several tokens and of several lengths, bytes; prompts of many lengths
+QUESTIONS = [
+    asked("Is it?", ["true", "false"]),
+    asked("Which of the five? " * 5, [f"answer{i}" for i in range(1, 6)], 4),
+    asked("Which box?", ["the large box", "the small bag of the baker", "the bat"], 1),
+    asked("Où?", ["東京", "Zürich, près du château", "naïve", "x"], 2),
+    asked("Which ending follows?", ["ending1", "ending2", "ending3", "ending4"], 3),
+]
+
+
+def args_for(**changes) -> argparse.Namespace:
+    return argparse.Namespace(**{"batch_size": 2, "device": CPU, "score": "likelihood"} | changes)
+
+
+# ------------------------------------------------------------------------------------ the loss
+
+
+@torch.no_grad()
+def naive_loss(model: models.LLaMA, question: data.Question, tokenizer) -> tuple[float, int]:
+    """−log p of the answer's tokens and the end after the prompt, summed; and how many they are."""
+    prompt, output = tokenizer.encode(question.prompt), tokenizer.encode(question.output)
+    tokens = torch.tensor([[*prompt, *output, tokenizer.end]])
+    logs = model(tokens)[0].double().log_softmax(-1)
+    places = range(len(prompt), tokens.shape[1])
+    return -sum(logs[i - 1, tokens[0, i]].item() for i in places), len(places)
+
+
+@torch.no_grad()
+def test_the_loss_is_over_the_answers_tokens_and_the_end_alone(model, tokenizer):
+    for question in QUESTIONS:
+        batch = train_lm.collate([train_lm.encode(question, tokenizer)])
+        total, count = naive_loss(model, question, tokenizer)
+        assert train_lm.token_loss(model, *batch).item() == pytest.approx(total / count, rel=1e-5)
+        tokens, labels = batch
+        learned = labels[labels != train_lm.IGNORE].tolist()
+        assert tokenizer.decode(learned) == question.output and learned[-1] == tokenizer.end
+        assert tokenizer.decode(tokens[0].tolist()) == question.prompt + question.output
+
+
+@torch.no_grad()
+def test_padding_changes_no_questions_loss(model, tokenizer):
+    pairs = [train_lm.encode(question, tokenizer) for question in QUESTIONS]
+    tokens, labels = train_lm.collate(pairs)
+    assert tokens.shape == labels.shape == (5, max(len(t) for t, _ in pairs) - 1)
+    sums, counts = zip(*(naive_loss(model, question, tokenizer) for question in QUESTIONS))
+    loss = train_lm.token_loss(model, tokens, labels)
+    assert loss.item() == pytest.approx(sum(sums) / sum(counts), rel=1e-5)
+    for row, (pair, _) in enumerate(pairs):
+        tokens[row, len(pair) - 1 :] = 300
+    assert torch.equal(train_lm.token_loss(model, tokens, labels), loss)
+
+
+def test_where_a_tokenizer_joins_prompt_and_answer_the_joint_is_learned():
+    joining = data.Tokenizer(["\nthe"])
+    tokens, start = train_lm.encode(QUESTIONS[0], joining)
+    assert tokens[start] == 257 and joining.decode(tokens[start:]) == "\nthe correct answer is true"
+    assert joining.decode(tokens[:start]) == QUESTIONS[0].prompt.removesuffix("\n")
+
+
+# -------------------------------------------------------------------------------------- scores
+
+
+@torch.no_grad()
+def naive_scores(model, question: data.Question, tokenizer) -> list[float]:
+    """log p(prompt and option), every option in a full sequence of its own."""
+    scores = []
+    for option in question.options:
+        tokens = tokenizer.encode(question.prompt + data.OUTPUT.format(option))
+        logs = model(torch.tensor([tokens]))[0].double().log_softmax(-1)
+        scores.append(sum(logs[i - 1, tokens[i]].item() for i in range(1, len(tokens))))
+    return scores
+
+
+def differences(scores) -> list[float]:
+    """From the first: what all options share is left out."""
+    return [float(score) - float(scores[0]) for score in scores]
+
+
+@pytest.mark.parametrize("together", [1, 2, 5])
+def test_likelihoods_are_the_naive_ones_of_options_in_sequences_of_their_own(
+    together, model, tokenizer
+):
+    largest = 0
+    for first in range(0, len(QUESTIONS), together):
+        some = QUESTIONS[first : first + together]
+        branches = [train_lm.branch(question, tokenizer) for question in some]
+        found = train_lm.likelihoods(model, branches, CPU)
+        assert found.shape == (len(some), max(len(q.options) for q in some))
+        for row, question in zip(found, some, strict=True):
+            expected = differences(naive_scores(model, question, tokenizer))
+            count, largest = len(question.options), max(largest, *map(abs, expected))
+            assert differences(row[:count]) == pytest.approx(expected, abs=1e-4)
+            assert (row[count:] == train_lm.ABSENT).all()
+    assert largest > 1
+
+
+@pytest.mark.parametrize("method", ["ssf", "san", "san+dora"])
+def test_likelihoods_are_the_naive_ones_of_an_adapted_model(method, tokenizer):
+    model = tiny_model(len(tokenizer))
+    tuning.adapt(model, method, argparse.Namespace(wiring="exact", mode="both", shift=0, rank=2))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.1 * torch.randn_like(parameter)
+    branches = [train_lm.branch(question, tokenizer) for question in QUESTIONS]
+    for row, question in zip(train_lm.likelihoods(model, branches, CPU), QUESTIONS, strict=True):
+        expected = differences(naive_scores(model, question, tokenizer))
+        assert differences(row[: len(expected)]) == pytest.approx(expected, abs=1e-4)
+
+
+def test_the_prompt_runs_once_however_many_options_there_are(model, tokenizer):
+    read = []
+    hook = model.embed.register_forward_hook(lambda _, inputs, __: read.append(inputs[0].numel()))
+    for question in QUESTIONS:
+        prompt = len(tokenizer.encode(question.prompt))
+        tails = [len(tokenizer.encode(" " + option)) for option in question.options]
+        train_lm.likelihoods(model, [train_lm.branch(question, tokenizer)], CPU)
+        assert read.pop() <= prompt + 1 + sum(tails) and not read
+    hook.remove()
+
+
+def test_answers_come_in_the_order_of_the_questions_whatever_is_batched(model, tokenizer):
+    found = train_lm.answer(model, QUESTIONS, tokenizer, args_for(batch_size=1))
+    assert found.shape == (5, 5)
+    for row, question in zip(found, QUESTIONS, strict=True):
+        expected = differences(naive_scores(model, question, tokenizer))
+        assert differences(row[: len(expected)]) == pytest.approx(expected, abs=1e-4)
+        assert (row[len(expected) :] == train_lm.ABSENT).all()
+
+
+@pytest.mark.parametrize(
+    ("text", "first"),
+    [
+        ("the correct answer is answer2", 1),
+        ("answer3, not answer1", 2),
+        ("the correct answer is", -1),
+        ("", -1),
+    ],
+)
+def test_the_first_option_that_a_text_names_is_its_answer(text, first):
+    assert train_lm.first_named(text, ["answer1", "answer2", "answer3"]) == first
+
+
+@pytest.mark.parametrize(("text", "first"), [("it is bowl", 1), ("it is pendant", -1)])
+def test_an_option_within_a_longer_word_is_not_named(text, first):
+    assert train_lm.first_named(text, ["bow", "bowl", "pen"]) == first
+
+
+def test_an_option_that_another_begins_with_has_something_of_its_own_to_be_scored():
+    question = asked("Which?", ["bow", "bowl"])
+    assert all(train_lm.branch(question, data.Tokenizer([])).tails)
+
+
+def test_generated_answers_are_right_where_they_name_the_right_option_first(
+    model, tokenizer, monkeypatch
+):
+    said = iter(["it is true", "answer4 or answer5", "the small bag of the baker", "", "ending4"])
+    monkeypatch.setattr(train_lm, "speak", lambda *_: next(said))
+    scores = train_lm.answer(model, QUESTIONS, tokenizer, args_for(score="generate"))
+    rights = [train_lm.accuracy(scores[i : i + 1], QUESTIONS[i : i + 1]) for i in range(5)]
+    assert rights == [1, 0, 1, 0, 1]
+
+
+def test_a_model_speaks_its_likeliest_tokens_until_the_end(model, tokenizer, monkeypatch):
+    question, tokens = QUESTIONS[0], tokenizer.encode(QUESTIONS[0].prompt)
+    prompt, said = len(tokens), []
+    for _ in range(train_lm.ANSWER_TOKENS):
+        with torch.no_grad():
+            tokens.append(model(torch.tensor([tokens]))[0, -1].argmax().item())
+    assert train_lm.speak(model, tokenizer, question) == tokenizer.decode(tokens[prompt:]).strip()
+    end = tokens[prompt + 3]
+    said = tokens[prompt : tokens.index(end, prompt)]
+    monkeypatch.setattr(tokenizer, "end", end)
+    assert train_lm.speak(model, tokenizer, question) == tokenizer.decode(said).strip()
+
+
+def test_accuracy_counts_right_answers_and_ties_are_wrong():
+    absent = train_lm.ABSENT
+    scores = torch.tensor([[2.0, 1, absent], [1, 2, 3], [0, 0, absent], [3, 3, 1], [-9, -5, -7]])
+    right = [asked("?", ["a", "b", "c"], answer) for answer in (0, 2, 0, 0, 0)]
+    assert train_lm.accuracy(scores, right) == pytest.approx(2 / 5)
+
+
+# -------------------------------------------------------------------------- what fits the context
+
+
+def long_question(words: int) -> data.Question:
+    return asked("box " * words, ["true", "false"])
+
+
+def job_of(train: list, val: list, test: list, context: int, tokenizer) -> train_lm.Job:
+    questions = data.Questions({"task": train}, {"task": val}, {"task": test})
+    model = tiny_model(len(tokenizer), context=context)
+    return train_lm.questions_job(questions, model, tokenizer, args_for())
+
+
+def test_training_examples_beyond_the_context_are_left_out_and_counted(tokenizer, capsys):
+    short, fits, beyond = (long_question(n) for n in (5, 30, 31))
+    context = len(train_lm.encode(fits, tokenizer)[0])
+    scored = [QUESTIONS[0]]
+    train = [short, beyond, fits, beyond]
+    job = job_of(train, scored, scored, context, tokenizer)
+    assert "left out: 2 training examples" in capsys.readouterr().out
+    batches = [tokens for tokens, _ in job.loader]
+    assert sum(map(len, batches)) == 2
+    whole = {tokenizer.decode(row.tolist()).rstrip("\0") for rows in batches for row in rows}
+    assert whole == {q.prompt + q.output for q in (short, fits)}
+    job_of([short, fits], scored, scored, context, tokenizer)
+    assert capsys.readouterr().out == ""
+    with pytest.raises(ValueError, match=f"no training example fits into the context of {context}"):
+        job_of([beyond], scored, scored, context, tokenizer)
+
+
+def test_training_questions_come_in_another_order_every_epoch(tokenizer):
+    train = [long_question(n) for n in range(1, 9)]
+    job = job_of(train, [QUESTIONS[0]], [QUESTIONS[0]], 96, tokenizer)
+    torch.manual_seed(0)
+    one, other = ([tokens.shape[1] for tokens, _ in job.loader] for _ in range(2))
+    assert one != other
+
+
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_a_question_to_be_scored_beyond_the_context_is_refused(split, tokenizer):
+    scored = {"val": [QUESTIONS[0]], "test": [QUESTIONS[0]]}
+    scored[split] = [QUESTIONS[0], long_question(100)]
+    fits = len(tokenizer.encode(scored[split][1].prompt + QUESTIONS[0].output))
+    job_of([QUESTIONS[0]], scored["val"], scored["test"], fits, tokenizer)
+    with pytest.raises(ValueError, match=f"task, question 1: .* exceed the context of {fits - 1}"):
+        job_of([QUESTIONS[0]], scored["val"], scored["test"], fits - 1, tokenizer)
+
+
+# ---------------------------------------------------------------------------------------- runs
+
+
+@each_method
+def test_a_run_saves_a_model_that_scores_the_same_again(method, flags, weights, tmp_path, capsys):
+    words = ["--method", method, "--shots", 10, "--epochs", 1, "--lr", "0.01"]
+    words += ["--out", tmp_path]
+    assert command(*flags, *words) == 0
+    printed = capsys.readouterr().out
+    saved = "model.pt" if method == "full" else "merged.pt"
+    names = {"config.json", "metrics.jsonl", saved} | (
+        {"adapter.pt"} if method != "full" else set()
+    )
+    assert {path.name for path in tmp_path.iterdir()} == names
+    *epochs, result = metrics(tmp_path)
+    assert [epoch["epoch"] for epoch in epochs] == [1] and len(result["parts"]) == 2
+    assert result["test"] == result["test_merged"] == sum(result["parts"].values()) / 2
+    assert result["merge_difference"] < 1e-4 and result["merge_same"] == 1
+    assert f"{100 * result['test']:.2f} %" in printed and "16 training, 4 validation" in printed
+    base, now = (san.read(path)["state_dict"] for path in (weights, tmp_path / saved))
+    assert {k: v.shape for k, v in now.items()} == {k: v.shape for k, v in base.items()}
+    assert not all(torch.equal(now[key], base[key]) for key in base)
+    assert command("--evaluate", tmp_path, "--device", "cpu") == 0
+    assert f"{100 * result['test']:.2f} %" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("method", ["linear", "san", "san+dora"])
+def test_the_adapter_on_a_fresh_base_is_the_merged_model(method, flags, model, tmp_path):
+    assert command(*flags, "--method", method, "--lr", "0.01", "--out", tmp_path) == 0
+    fresh, adapter = copy.deepcopy(model), tmp_path / "adapter.pt"
+    if method in ("san", "ssf"):
+        san.load_adapter(fresh, adapter)
+    else:
+        options = argparse.Namespace(wiring="exact", mode="both", shift=False, rank=8)
+        tuning.adapt(fresh, method, options)
+        trained, own = san.read(adapter)["trained"], dict(fresh.named_parameters())
+        assert trained.keys() == tuning.trained_state(fresh).keys()
+        for name, value in trained.items():
+            own[name].data.copy_(value)
+    tuning.fold(fresh)
+    merged = san.read(tmp_path / "merged.pt")["state_dict"]
+    for name, value in fresh.state_dict().items():
+        torch.testing.assert_close(value, merged[name], atol=1e-6, rtol=1e-5)
+
+
+def test_what_can_be_learned_is_learned_and_said(weights, tmp_path, capsys):
+    (tmp_path / "boolq").mkdir()
+    for split in ("train", "test"):
+        made = microworld.questions("boolq", split, 40)
+        false = [record for record in made if record["answer"] == "false"]
+        (tmp_path / "boolq" / f"{split}.json").write_text(json.dumps(false))
+    words = ["--data", tmp_path, "--tasks", "boolq", "--weights", weights, "--method", "full"]
+    words += ["--lr", "0.01", "--epochs", 4, "--batch-size", 4, "--score", "generate"]
+    assert command(*words, "--device", "cpu", "--out", tmp_path / "run") == 0
+    *epochs, result = metrics(tmp_path / "run")
+    assert epochs[-1]["loss"] < epochs[0]["loss"] / 3
+    assert result["test_base"] < 0.5 and result["test"] == epochs[-1]["val"] == 1
+    assert "after:  the correct answer is false" in capsys.readouterr().out
+
+
+def test_without_weights_microworld_is_learned_from_nothing(
+    tokenizer, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(data, "microworld_tokenizer", lambda: tokenizer)
+    monkeypatch.setattr(models, "LLAMA_MICRO", TINY)
+    monkeypatch.setitem(microworld.COUNTS, "test", 12)
+    words = ["--weights", "none", "--tasks", "piqa", "hellaswag", "--shots", 10, "--epochs", 1]
+    assert command(*words, "--method", "full", "--device", "cpu", "--out", tmp_path) == 0
+    assert "16 training, 4 validation and 24 test questions of 2 tasks" in capsys.readouterr().out
+    assert "test_base" not in metrics(tmp_path)[-1]
+    assert san.read(tmp_path / "model.pt")["pieces"] == tokenizer.pieces
+
+
+def test_the_table_tells_what_guesses_get_and_what_training_changed(
+    flags, finished, tmp_path, capsys
+):
+    words = ["--weights", finished / "merged.pt", "--dtype", "bfloat16", "--epochs", 1]
+    words += ["--out", tmp_path]
+    assert command(*flags, *words) == 0
+    lines = capsys.readouterr().out.splitlines()
+    head = "| task | questions | chance | constant | position | overlap | before | after |"
+    rows = lines[lines.index(head) + 2 :][:2]
+    result = metrics(tmp_path)[-1]
+    for row, (task, chance) in zip(rows, (("boolq", "50.0"), ("social_i_qa", "33.3"))):
+        cells = row.strip("| ").split(" | ")
+        assert cells[:3] == [task, "9", chance]
+        assert cells[-1] == f"{100 * result['parts'][task]:.1f}"
+    befores = [float(row.strip("| ").split(" | ")[-2]) for row in rows]
+    assert sum(befores) / 2 == pytest.approx(100 * result["test_base"], abs=0.1)
+    assert result["test_base"] == metrics(finished)[-1]["test_merged"]
+
+
+def test_the_tables_constant_guess_is_learned_from_all_training_questions(
+    weights, tmp_path, capsys
+):
+    (tmp_path / "piqa").mkdir()
+    for split, names in (("train", "abcdefgh"), ("test", "ijkl")):
+        content = [
+            {
+                "instruction": f"Which?\n\nAnswer format: {name} / right",
+                "output": "the correct answer is right",
+                "answer": "right",
+            }
+            for name in names
+        ]
+        (tmp_path / "piqa" / f"{split}.json").write_text(json.dumps(content))
+    words = ["--data", tmp_path, "--tasks", "piqa", "--weights", weights, "--epochs", 1]
+    assert command(*words, "--device", "cpu", "--out", tmp_path / "run") == 0
+    assert "| piqa | 4 | 50.0 | 100.0 | 100.0 |" in capsys.readouterr().out
+
+
+def test_a_training_file_of_all_tasks_takes_the_place_of_train_json(flags, tmp_path, capsys):
+    path = tmp_path / "all.json"
+    path.write_text(json.dumps(microworld.questions("piqa", "train", 25)))
+    words = ["--train-file", path, "--epochs", 1, "--out", tmp_path / "run"]
+    assert command(*flags, *words) == 0
+    assert "20 training, 5 validation and 18 test" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", [["--amp"], ["--mode", "propagation"], ["--dtype", "bfloat16"]])
+def test_variants_run(words, flags, tmp_path):
+    words = [*words, "--method", "san+dora", "--epochs", 1, "--out", tmp_path]
+    assert command(*flags, *words) == 0
+    assert metrics(tmp_path)[-1]["merge_same"] > 0.9
+
+
+def test_bfloat16_rounds_frozen_weights_alone_and_the_saved_model_keeps_it(finished):
+    for name, value in san.read(finished / "merged.pt")["state_dict"].items():
+        assert value.dtype == (torch.float32 if "norm" in name else torch.bfloat16)
+
+
+def test_a_bfloat16_run_is_scored_again_in_bfloat16(finished, monkeypatch):
+    answer, types = train_lm.answer, []
+
+    def noting(model, *rest):
+        types.append(model.embed.weight.dtype)
+        return answer(model, *rest)
+
+    monkeypatch.setattr(train_lm, "answer", noting)
+    assert command("--evaluate", finished, "--device", "cpu") == 0
+    assert set(types) == {torch.bfloat16}
+
+
+def test_the_same_seed_gives_the_same_result_and_another_seed_another(flags, tmp_path):
+    results = []
+    for run, seed in enumerate((0, 0, 1)):
+        words = ["--method", "lora", "--epochs", 1, "--seed", seed, "--out", tmp_path / str(run)]
+        assert command(*flags, *words) == 0
+        results.append(without_times(metrics(tmp_path / str(run))))
+    assert results[0] == results[1] and results[0][0] != results[2][0]
+
+
+# -------------------------------------------------------------------------------- pre-training
+
+
+@pytest.fixture
+def few_documents(monkeypatch):
+    """A corpus of 200 documents, and of 50 to validate and to test on."""
+    corpus = microworld.corpus
+    monkeypatch.setattr(train_lm, "DOCUMENTS", 200)
+    monkeypatch.setattr(
+        microworld, "corpus", lambda count, seed=0: corpus(count if count == 200 else 50, seed)
+    )
+
+
+def test_pretraining_predicts_every_token_of_the_corpus_in_order(tokenizer, few_documents):
+    job = train_lm.corpus_job(tokenizer, args_for())
+    tokens, labels = job.loader.dataset.tensors
+    assert tokens.shape == labels.shape and tokens.shape[1] == train_lm.WINDOW
+    row = [tokens[0, 0].item(), *labels.flatten().tolist()]
+    assert row[:-1] == tokens.flatten().tolist()
+    documents = microworld.corpus(200)
+    whole = [n for text in documents for n in [*tokenizer.encode(text), tokenizer.end]]
+    assert row == whole[: len(row)] and len(whole) - len(row) < train_lm.WINDOW
+
+
+def test_a_pretrained_model_is_what_weights_takes(flags, weights, tmp_path, few_documents, capsys):
+    pre, out = tmp_path / "pre", tmp_path / "out"
+    words = ["--tasks", "corpus", "--weights", weights, "--method", "full", "--lr", "0.01"]
+    assert command(*words, "--epochs", 2, "--device", "cpu", "--out", pre) == 0
+    first, second, result = metrics(pre)
+    assert second["loss"] < first["loss"] < 100 and second["val"] > 0.05
+    assert 1 < result["perplexity"] < 1000 and result["test"] == result["test_merged"]
+    capsys.readouterr()
+    assert command("--evaluate", pre, "--device", "cpu") == 0
+    assert f"{100 * result['test']:.2f} %" in capsys.readouterr().out
+    assert command(*flags, "--weights", pre / "model.pt", "--out", out) == 0
+    assert metrics(out)[-1]["model"] == "model"
+
+
+# -------------------------------------------------------------------------------------- resume
+
+
+def stop_after(epochs: int, monkeypatch) -> None:
+    """Press Ctrl-C when that many epochs have been checkpointed."""
+    write, count = san.write, []
+
+    def write_and_stop(content, path, save=None):
+        write(content, path, save)
+        count.extend([path] if path.name == "checkpoint.pt" else [])
+        if len(count) == epochs:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(san, "write", write_and_stop)
+
+
+@pytest.mark.parametrize("method", ["full", "san+dora"])
+def test_a_resumed_run_ends_where_an_uninterrupted_one_does(
+    method, flags, tmp_path, monkeypatch, capsys
+):
+    flags = [*flags, "--epochs", 3, "--method", method]
+    assert command(*flags, "--out", tmp_path / "whole") == 0
+    with monkeypatch.context() as patch:
+        stop_after(2, patch)
+        assert command(*flags, "--out", tmp_path / "parts") == 130
+    message = capsys.readouterr().err
+    assert "epoch 2 is kept" in message and "--resume" in message
+    assert command(*flags, "--out", tmp_path / "parts", "--resume") == 0
+    whole, parts = (without_times(metrics(tmp_path / run)) for run in ("whole", "parts"))
+    assert whole == parts
+    name = "model.pt" if method == "full" else "merged.pt"
+    whole, parts = (san.read(tmp_path / run / name)["state_dict"] for run in ("whole", "parts"))
+    assert all(torch.equal(whole[key], parts[key]) for key in whole)
+
+
+# ---------------------------------------------------------------------------------- comparison
+
+
+def test_compare_goes_on_where_it_was_stopped_and_writes_one_row_a_method(
+    flags, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(train_lm, "LEARNING_RATES", dict.fromkeys(tuning.METHODS, (1e-4, 1e30)))
+    words = [*flags, "--epochs", 1, "--shots", 5, "--compare", "--seeds", 2, "--out", tmp_path]
+    search, searched = tuning.search, []
+
+    def stopping(args, method, *rest):
+        if len(searched) == 3:
+            raise KeyboardInterrupt
+        searched.append(method)
+        return search(args, method, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tuning, "search", stopping)
+        assert command(*words) == 130
+    assert "every finished method is kept" in capsys.readouterr().err
+    monkeypatch.setattr(
+        tuning,
+        "search",
+        lambda args, method, *rest: searched.append(method) or search(args, method, *rest),
+    )
+    assert command(*words) == 0 and searched == [*tuning.METHODS]
+    table = (tmp_path / "table.md").read_text()
+    assert all(f"| {method} |" in table for method in tuning.METHODS)
+    assert "--compare" in table.splitlines()[0] and "| boolq | social_i_qa |" in table
+    rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert [row["method"] for row in rows] == [*tuning.METHODS]
+    for row in rows:
+        assert row["lr"] == 1e-4 and row["tried"].keys() == {"0.0001", "1e+30"}
+        assert row["tried"]["0.0001"] == row["runs"][0]["val"] and len(row["runs"]) == 2
+        for run in row["runs"]:
+            assert run["test"] == run["test_merged"] == sum(run["parts"].values()) / 2
+    assert command(*words) == 0 and len(searched) == len(tuning.METHODS)
+    assert (tmp_path / "table.md").read_text() == table
+
+
+# ------------------------------------------------------------------------ a checkpoint of others
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    """A tiny LLaMA that transformers saved, and a tokenizer.json; no test may change it."""
+    transformers = pytest.importorskip("transformers", reason="it makes a LLaMA folder")
+    tokenizers = pytest.importorskip("tokenizers", reason="it reads tokenizer.json")
+    pytest.importorskip("safetensors", reason="weights are saved as safetensors")
+    folder = tmp_path_factory.mktemp("checkpoint") / "Llama-3.2-1B"
+    folder.mkdir()
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE())
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    inner.train_from_iterator([data.PROMPT, "the correct answer is true"] * 5, trainer)
+    begin = [("<s>", 0)]
+    inner.post_processor = tokenizers.processors.TemplateProcessing("<s> $A", None, begin)
+    inner.save(str(folder / "tokenizer.json"))
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=inner.get_vocab_size(),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=48,
+        max_position_embeddings=512,
+        initializer_range=0.2,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@torch.no_grad()
+def test_a_checkpoint_scores_options_as_transformers_would(checkpoint):
+    import transformers
+
+    theirs = transformers.LlamaForCausalLM.from_pretrained(checkpoint).eval()
+    args = train_lm.arguments(["--weights", str(checkpoint)])
+    args.device = CPU
+    model, tokenizer = train_lm.load_model(args)
+    found = train_lm.answer(model, QUESTIONS, tokenizer, args)
+    for row, question in zip(found, QUESTIONS, strict=True):
+        expected = differences(
+            naive_scores(lambda tokens: theirs(tokens).logits, question, tokenizer)
+        )
+        assert max(map(abs, expected)) > 0.001
+        assert differences(row[: len(expected)]) == pytest.approx(expected, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    "words", [["--method", "full"], ["--method", "san+dora", "--dtype", "bfloat16"]]
+)
+def test_a_checkpoint_is_adapted_saved_and_scored_again(words, flags, checkpoint, tmp_path, capsys):
+    words = ["--weights", checkpoint, "--shots", 10, *words, "--out", tmp_path]
+    assert command(*flags, *words) == 0
+    result = metrics(tmp_path)[-1]
+    assert result["test"] == result["test_merged"] and "test_base" in result
+    assert command("--evaluate", tmp_path, "--device", "cpu") == 0
+    assert f"{100 * result['test']:.2f} %" in capsys.readouterr().out
+
+
+def test_a_run_is_called_after_its_data_and_its_model(flags, weights):
+    def names(path) -> tuple[str, str]:
+        return train_lm.names_of(train_lm.arguments([*map(str, flags), "--weights", str(path)]))
+
+    assert names(weights) == ("two", "tiny")
+    assert names("none") == ("two", "untrained")
+
+
+def test_a_run_is_called_after_the_whole_name_of_a_checkpoints_folder(flags, checkpoint):
+    args = train_lm.arguments([*map(str, flags), "--weights", str(checkpoint)])
+    assert train_lm.names_of(args) == ("two", "Llama-3.2-1B")
+
+
+def change(file: Path, **entries) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | entries))
+
+
+def add_tokens(folder: Path) -> None:
+    import tokenizers
+
+    inner = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    inner.add_tokens(["Answer format"])
+    inner.save(str(folder / "tokenizer.json"))
+
+
+@pytest.mark.parametrize(
+    ("damage", "code", "words"),
+    [
+        (lambda f: (f / "config.json").unlink(), 1, "there is no file"),
+        (lambda f: (f / "config.json").write_text("{"), 1, "is no JSON"),
+        (lambda f: (f / "model.safetensors").unlink(), 1, "no model.safetensors"),
+        (lambda f: (f / "tokenizer.json").unlink(), 1, "has no tokenizer.json"),
+        (lambda f: (f / "tokenizer.json").write_text("{"), 1, "no tokenizer that can be read"),
+        (lambda f: change(f / "config.json", eos_token_id=None), 1, "has no eos_token_id"),
+        (lambda f: change(f / "config.json", max_position_embeddings=20), 2, "context of 20"),
+        pytest.param(add_tokens, 2, "tokenizer"),
+        pytest.param(lambda f: change(f / "config.json", eos_token_id=[]), 1, "eos_token_id"),
+        pytest.param(lambda f: change(f / "config.json", eos_token_id=999), 1, "eos_token_id"),
+    ],
+)
+def test_a_checkpoint_that_cannot_be_used_is_refused(
+    damage, code, words, flags, checkpoint, tmp_path, capsys
+):
+    folder = Path(shutil.copytree(checkpoint, tmp_path / "copy"))
+    damage(folder)
+    assert command(*flags, "--weights", folder, "--out", tmp_path / "run") == code
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert words in error and str(folder) in error or "context" in error
+    assert not list((tmp_path / "run").glob("*.pt"))
+
+
+# ----------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("content", "code", "words"),
+    [
+        (None, 1, "there is no file"),
+        (b"half a fi", 1, "broken"),
+        ({"epoch": 3}, 2, "holds no LLaMA of ours"),
+        ([1], 2, "holds no LLaMA of ours"),
+        ({"pieces": ["a"], "numbers": {"vocab": 9}, "state_dict": {}}, 2, "no LLaMA of ours"),
+        pytest.param(torch.zeros(3), 2, "holds no LLaMA of ours"),
+    ],
+)
+def test_weights_that_cannot_be_used_are_refused(content, code, words, flags, tmp_path, capsys):
+    path = tmp_path / "weights.pt"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content is not None:
+        torch.save(content, path)
+    assert command(*flags, "--weights", path, "--out", tmp_path / "run") == code
+    message = capsys.readouterr().err
+    assert words in message and str(path) in message and len(message.splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"blocks.0.attn.q_proj.weight": torch.zeros(3, 3)}, "holds no LLaMA of ours"),
+        ({"embed.weight": torch.zeros(300, 32)}, "do not belong together"),
+    ],
+)
+def test_weights_of_another_size_are_refused(changes, message, flags, weights, tmp_path, capsys):
+    content = san.read(weights)
+    content["state_dict"] |= changes
+    if "embed.weight" in changes:  # a model whose words are fewer than its tokenizer's
+        content["state_dict"]["head.weight"] = torch.zeros(300, 32)
+        content["numbers"]["vocab"] = 300
+    san.write(content, tmp_path / "weights.pt")
+    words = ["--weights", tmp_path / "weights.pt", "--out", tmp_path / "run"]
+    assert command(*flags, *words) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (["--tasks", "nonsense"], 2, "task 'nonsense' is unknown; choose from boolq"),
+        (["--tasks", "corpus"], 2, "--tasks corpus stands alone"),
+        (["--data", "microworld", "--tasks", "corpus", "piqa"], 2, "--tasks corpus stands alone"),
+        (["--data", "microworld", "--tasks", "corpus", "--compare"], 2, "corpus stands alone"),
+        (["--data", "nowhere"], 2, "--data nowhere is neither a folder nor 'microworld'"),
+        (["--data", "microworld", "--train-file", "x.json"], 2, "--train-file goes with --data"),
+        (["--weights", "missing.pt"], 1, "there is no file missing.pt"),
+        (["--dtype", "bfloat16", "--method", "full"], 2, "give --dtype float32"),
+        (["--dtype", "bfloat16", "--method", "linear"], 2, "give --dtype float32"),
+        (["--dtype", "float16"], 2, "bfloat16"),
+        (["--method", "magic"], 2, "'san+dora'"),
+        (["--score", "luck"], 2, "'generate'"),
+        (["--shots", "0"], 2, "above 0"),
+        (["--shots", "3"], 2, "at least 5 are needed"),
+        (["--shots", "21"], 2, "boolq has 20 training questions"),
+        (["--lr", "nan"], 2, "--lr must be"),
+        (["--rank", "0"], 2, "above 0"),
+        (["--resume"], 2, "no checkpoint"),
+        (["--compare", "--resume"], 2, "goes on by itself"),
+        (["--evaluate", "nowhere"], 1, "no finished run"),
+    ],
+)
+def test_bad_flags_are_one_sentence(words, code, message, flags, tmp_path, capsys):
+    assert command(*flags, "--out", tmp_path / "run", *words) == code
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error
+    assert len(error.strip().splitlines()[-1]) < 600
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("method", ["full", "san"])
+def test_a_learning_rate_far_too_high_is_one_sentence_and_exit_code_1(
+    method, flags, tmp_path, capsys
+):
+    assert command(*flags, "--method", method, "--lr", "1e30", "--out", tmp_path) == 1
+    assert "no longer a finite number" in capsys.readouterr().err.splitlines()[-1]
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json"}
+
+
+def one_option(folder: Path) -> None:
+    record = {"instruction": "Is it? Answer format: true", "output": "true", "answer": "true"}
+    (folder / "boolq" / "test.json").write_text(json.dumps([record]))
+
+
+@pytest.mark.parametrize(
+    ("damage", "code", "words"),
+    [
+        (lambda f: (f / "boolq" / "test.json").write_text("[{"), 1, "boolq/test.json is not JSON"),
+        (lambda f: (f / "boolq" / "train.json").write_text("[]"), 1, "holds no question"),
+        (lambda f: change_first(f / "boolq" / "test.json", answer="maybe"), 1, "example 0 has the"),
+        (
+            lambda f: change_first(f / "boolq" / "test.json", instruction="long " * 300 + FORM),
+            2,
+            "boolq, question 0: prompt and answer of ",
+        ),
+        pytest.param(one_option, 1, "boolq/test.json, example 0"),
+    ],
+)
+def test_files_of_questions_that_cannot_be_used_are_refused(
+    damage, code, words, flags, folder, tmp_path, capsys
+):
+    copied = Path(shutil.copytree(folder, tmp_path / "data"))
+    damage(copied)
+    assert command(*flags, "--data", copied, "--out", tmp_path / "run") == code
+    message = capsys.readouterr().err
+    assert words in message and len(message.splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+
+
+FORM = "\n\nAnswer format: true/false"
+
+
+def change_first(path: Path, **entries) -> None:
+    first, *rest = json.loads(path.read_text())
+    path.write_text(json.dumps([first | entries, *rest]))
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda run: (run / "merged.pt").unlink(), "no file"),
+        (lambda run: (run / "merged.pt").write_bytes(b"half a fi"), "broken"),
+        (lambda run: (run / "config.json").write_text("[]"), "no finished run"),
+        (lambda run: shutil.copy(ROOT / "weights/vit_micro.pt", run / "merged.pt"), "numbers"),
+        (lambda run: (run / "config.json").write_text("{}"), "no finished run"),
+        pytest.param(
+            lambda run: (run / "config.json").write_text('{"method": "san"}'),
+            "no finished run",
+        ),
+    ],
+)
+def test_a_run_that_cannot_be_scored_again_is_refused(damage, words, finished, tmp_path, capsys):
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    damage(run)
+    assert command("--evaluate", run, "--device", "cpu") == 1
+    message = capsys.readouterr().err
+    assert words in message and len(message.splitlines()) == 1
+
+
+# ------------------------------------------------------------------------- the shipped weights
+
+shipped = pytest.mark.skipif(
+    not train_lm.WEIGHTS.exists(), reason="weights/llama_micro.pt is not there yet"
+)
+
+
+@shipped
+def test_the_shipped_weights_are_llama_micro_with_microworlds_pieces(tokenizer):
+    content = san.read(train_lm.WEIGHTS)
+    assert content["pieces"] == tokenizer.pieces
+    numbers = models.LLaMA(len(tokenizer), **models.LLAMA_MICRO).numbers
+    assert content["numbers"] == numbers
+
+
+@shipped
+def test_the_shipped_weights_are_what_a_command_without_flags_adapts(tmp_path, monkeypatch):
+    monkeypatch.setitem(microworld.COUNTS, "test", 20)
+    words = ["--tasks", "boolq", "piqa", "--shots", 10, "--epochs", 1, "--device", "cpu"]
+    assert command(*words, "--out", tmp_path) == 0
+    result = metrics(tmp_path)[-1]
+    assert result["model"] == "llama_micro" and result["method"] == "san"
+    assert result["merge_same"] == 1
+
+
+@shipped
+@torch.no_grad()
+def test_the_shipped_weights_have_read_the_corpus():
+    args = train_lm.arguments([])
+    args.device = CPU
+    model, tokenizer = train_lm.load_model(args)
+    losses = []
+    for text in microworld.corpus(50, seed=3):
+        tokens = torch.tensor([[*tokenizer.encode(text), tokenizer.end]])
+        losses.append(F.cross_entropy(model(tokens)[0, :-1], tokens[0, 1:]).item())
+    assert sum(losses) / len(losses) < 2  # ln 1059 ≈ 7 for a model that has not
