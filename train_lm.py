@@ -36,8 +36,8 @@ LEARNING_RATES = {
     "full": (1e-3, 3e-4, 3e-3),
     "lora": (3e-3, 1e-3, 1e-2),
     "dora": (3e-3, 1e-3, 1e-2),
-    "ssf": (1e-2, 3e-3, 3e-2),
-    "san": (1e-2, 3e-3, 3e-2),
+    "ssf": (3e-2, 1e-2, 1e-1),
+    "san": (3e-2, 1e-2, 1e-1),
     "san+lora": (3e-3, 1e-3, 1e-2),
     "san+dora": (3e-3, 1e-3, 1e-2),
 }
@@ -72,7 +72,7 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
         choices=["likelihood", "generate"],
         help="take the likeliest option, or the first one that the model's own text names",
     )
-    tuning.add_flags(p, tuning.METHODS, epochs=3, batch=32)
+    tuning.add_flags(p, tuning.METHODS, epochs=5, batch=32)
     args = p.parse_args(words)
     tuning.check_flags(p, args)
     args.tasks = list(dict.fromkeys(args.tasks))

@@ -98,10 +98,11 @@ class DoRALayer(LoRALayer):
 def adapt(model: nn.Module, method: str, args: argparse.Namespace) -> None:
     """Freeze what `method` does not train and add what it does.
 
-    linear: the head, and a LLaMA's last norm; full: all; san, ssf: γ (and β) of the linked layers
-    and the norms [C], ssf being feature scaling alone with a shift [S]; lora, dora: an update of
-    low rank on the linked layers, of a LLaMA on its LOW_RANK layers; san+lora, san+dora: that
-    update inside SAN's two diagonals [us], which act on the updated weight.
+    linear: the head, and a LLaMA's last norm (where head and embedding are one matrix, that);
+    full: all; san, ssf: γ (and β) of the linked layers and the norms [C], ssf being feature
+    scaling alone with a shift [S]; lora, dora: an update of low rank on the linked layers, of a
+    LLaMA on its LOW_RANK layers; san+lora, san+dora [P]: that update inside SAN's two diagonals,
+    which act on the updated weight [us]. dora and the last two are for nn.Linear alone.
     A classifier's new head is trained by every method; a LLaMA's head is pre-trained, as the rest.
     """
     links = model.links(args.wiring)
