@@ -271,11 +271,10 @@ PROMPT = (
     "Below is an instruction that describes a task. Write a response that appropriately completes "
     "the request.\n\n### Instruction:\n{}\n\n### Response:\n"
 )
-OUTPUT = "the correct answer is {}"
 
 
 class Tokenizer:
-    """Text ↔ numbers, with a small vocabulary of our own [us].
+    """Text ↔ numbers, with a small vocabulary of our own [us]; `saved` is what it is made from.
 
     0 … 255 are bytes, 256 ends a text, and from 257 on every number is one of `pieces`: words with
     the space before them, digits, signs, and the fixed sentences of the prompt. What is no piece
@@ -286,7 +285,7 @@ class Tokenizer:
     WORD = r" ?[A-Za-z]+|\d|\s|[^\w\s]|\w"
 
     def __init__(self, pieces: list[str]):
-        self.pieces = list(pieces)
+        self.pieces = self.saved = list(pieces)
         self.number = {piece: 257 + i for i, piece in enumerate(pieces)}
         sentences = [piece for piece in pieces if not re.fullmatch(self.WORD, piece)]
         escaped = [re.escape(piece) for piece in sorted(sentences, key=len, reverse=True)]
@@ -313,8 +312,8 @@ def microworld_tokenizer() -> Tokenizer:
     texts = microworld.corpus(10_000)
     for family in microworld.FAMILIES:
         texts += [r["instruction"] for r in microworld.questions(family, "train", 200)]
-    sentences = [*PROMPT.split("{}"), OUTPUT.removesuffix(" {}")]
-    sentences += [*microworld.HEADS.values(), microworld.FORM]
+    sentences = [*PROMPT.split("{}"), *microworld.HEADS.values(), microworld.FORM]
+    sentences.append(microworld.OUTPUT)
     pieces = {piece for text in texts for piece in re.findall(Tokenizer.WORD, text)}
     pieces |= {*microworld.PEOPLE, *sentences}  # a name without a space begins some documents
     return Tokenizer(sorted(pieces))
@@ -327,7 +326,7 @@ class LlamaTokenizer:
     """
 
     def __init__(self, folder: Path):
-        path = folder / "tokenizer.json"
+        self.saved, path = str(folder.resolve()), folder / "tokenizer.json"
         if not path.is_file():
             raise OSError(
                 f"{folder} has no tokenizer.json; fetch it from where the weights are from"
@@ -364,7 +363,10 @@ LLM_ADAPTERS = "https://raw.githubusercontent.com/AGI-Edgerunners/LLM-Adapters/m
 
 
 class Question(NamedTuple):
-    """A prompt, the text to learn after it, the options and which of them is right."""
+    """A prompt, the text to learn after it, the options and which of them is right.
+
+    The text ends with the right option.
+    """
 
     prompt: str
     output: str
@@ -386,10 +388,10 @@ def load_questions(
     """Questions of 'microworld' or of a folder with <task>/train.json and <task>/test.json.
 
     A task's validation questions are a fifth of its training questions, at most 200, in the way
-    of VTAB-1k; shots: how many labelled questions a task has in all, those for validation among
-    them. train_file: one file with the training questions of all tasks (the paper's
-    commonsense_170k.json) in place of every train.json. Which questions those are does not depend
-    on a run's seed.
+    of VTAB-1k; microworld has its own, about other things. shots: how many labelled questions a
+    task has in all, those for validation among them. train_file: one file with the training
+    questions of all tasks (the paper's commonsense_170k.json) in place of every train.json. Which
+    questions those are does not depend on a run's seed.
 
     Raises ValueError for an unknown or empty task or too many shots, OSError for a file that is
     missing and cannot be downloaded, or broken.
@@ -400,26 +402,31 @@ def load_questions(
     unknown = [task for task in tasks if task not in EIGHT and not (folder / task).is_dir()]
     if unknown:
         raise ValueError(f"task '{unknown[0]}' is unknown; choose from {', '.join(EIGHT)}")
+    if train_file is not None and source == "microworld":
+        raise ValueError("--train-file goes with --data DIR, not with microworld")
     train, val, test = {}, {}, {}
     for task in tasks:
+        own = held = None
         if source == "microworld":
             made = [microworld.questions(task, s, n) for s, n in microworld.COUNTS.items()]
-            own, held, asked = (
+            own, held, test[task] = (
                 [question(record, f"microworld, {task}") for record in records] for records in made
             )
         else:
-            asked = read_questions(folder / task / "test.json")
-            own = held = None
+            files = {
+                split: (folder / task / name, f"dataset/{task}/{name}" if task in EIGHT else None)
+                for split, name in (("train", "train.json"), ("test", "test.json"))
+            }
+            test[task] = read_questions(*files["test"])
             if train_file is None:
-                own = read_questions(folder / task / "train.json")
-        test[task] = asked
+                own = read_questions(*files["train"])
         if own is not None:
             val[task], train[task] = hold_out(own, held, shots, task)
-    if train_file is not None and source == "microworld":
-        raise ValueError("--train-file goes with --data DIR, not with microworld")
     if train_file is not None:
-        name = Path(train_file).stem
-        val[name], train[name] = hold_out(read_questions(Path(train_file)), None, shots, train_file)
+        path = Path(train_file)
+        joint = path.name == "commonsense_170k.json"
+        own = read_questions(path, f"ft-training_set/{path.name}" if joint else None)
+        val[path.stem], train[path.stem] = hold_out(own, None, shots, train_file)
     return Questions(train, val, test)
 
 
@@ -444,21 +451,18 @@ def hold_out(
     return held[:val], own[:train]
 
 
-def read_questions(path: Path) -> list[Question]:
-    """A file of LLM-Adapters' format, downloaded if it is not there. Raises OSError."""
+def read_questions(path: Path, address: str | None = None) -> list[Question]:
+    """A file of LLM-Adapters' format; from its repository if it is missing here. Raises OSError."""
+    if not path.is_file() and address is None:
+        raise OSError(f"there is no file {path}")
     if not path.is_file():
-        name = f"{path.parent.name}/{path.name}"
-        is_joint = path.name == "commonsense_170k.json"
-        address = (
-            f"{LLM_ADAPTERS}/{'ft-training_set/' + path.name if is_joint else 'dataset/' + name}"
-        )
         try:
-            with urllib.request.urlopen(address, timeout=30) as answer:
+            with urllib.request.urlopen(f"{LLM_ADAPTERS}/{address}", timeout=30) as answer:
                 text = answer.read()
         except (OSError, ValueError, http.client.HTTPException) as error:
             raise OSError(
                 f"there is no {path}, and it could not be downloaded ({error}); where there is no "
-                f"network, fetch {address} and put it there"
+                f"network, fetch {LLM_ADAPTERS}/{address} and put it there"
             ) from error
         san.write(text, path, save=lambda content, file: file.write_bytes(content))
     try:
@@ -473,7 +477,10 @@ def read_questions(path: Path) -> list[Question]:
 
 
 def question(record: dict, where: str) -> Question:
-    """One record of LLM-Adapters' format; its own "Answer format" line names the options."""
+    """One record of LLM-Adapters' format; its own "Answer format" line names the options.
+
+    where: how to call the record in a message. Raises OSError for one that is not whole.
+    """
     keys = ("instruction", "output", "answer")
     missing = [
         k for k in keys if not isinstance(record, dict) or not isinstance(record.get(k), str)
@@ -493,4 +500,6 @@ def question(record: dict, where: str) -> Question:
         raise OSError(f"{where} needs two options or more, all different, not '{form[1].strip()}'")
     if answer not in options:
         raise OSError(f"{where} has the answer '{answer}', which is not among {', '.join(options)}")
+    if not output.endswith(answer):
+        raise OSError(f"{where} has an output that does not end with its answer '{answer}'")
     return Question(PROMPT.format(instruction), output, options, options.index(answer))

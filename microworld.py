@@ -11,9 +11,11 @@ validation and test questions about others. The corpus states the facts of all o
 its quizzes and deductions stay within the training share. So a test question asks for a fact that
 was read in pre-training and never asked; whoever has not read it can only guess.
 
-All of it is our choice [us]. Python's own `random` is used, whose draws are the same everywhere.
+All of it is our choice [us]. Drawn by Python's `random`; the shipped weights have read this very
+world, and a test's digests tell if it ever comes out different.
 """
 
+import functools
 import random
 from collections.abc import Callable
 from typing import NamedTuple
@@ -108,14 +110,19 @@ class World(NamedTuple):
         """Whether an object has a property of PROPERTIES, by its material."""
         return self.material[item] in PROPERTIES[name][0]
 
+    def fact(self, item: str, name: str) -> str:
+        """The sentence's end that says whether an object has a property."""
+        return PROPERTIES[name][1 if self.has(item, name) else 2]
+
     def of(self, kind: dict, split: str | None = None) -> list[str]:
         """The names in one of the dictionaries above, of one split or of all."""
         return [name for name in kind if split in (None, self.split[name])]
 
 
-def world(seed: int = 0) -> World:
-    """Draw the world. No value is more frequent than others, so that none is a good guess."""
-    rng = random.Random(seed)
+@functools.cache
+def world() -> World:
+    """The world. In each split no value is much more frequent than others, to be a good guess."""
+    rng = random.Random(0)
     split = {}
     for names in (OBJECTS, PEOPLE, ACTIVITIES):
         shuffled = rng.sample(names, len(names))
@@ -125,7 +132,7 @@ def world(seed: int = 0) -> World:
             split[name] = "train" if part < val else "val" if part < test else "test"
 
     def spread(names: list[str], values: list) -> dict:
-        """A value for each name; in every split each is as frequent as the others."""
+        """A value for each name; in every split their frequencies differ by one at most."""
         given = {}
         for part in SPLITS:
             some = [name for name in names if split[name] == part]
@@ -151,7 +158,7 @@ def world(seed: int = 0) -> World:
 
 
 def corpus(count: int, seed: int = 0) -> list[str]:
-    """`count` documents of a few sentences each about the world of seed 0, in random order.
+    """`count` documents of a few sentences each, in random order.
 
     seed: which documents; the facts are the same.
     """
@@ -165,8 +172,7 @@ def about_object(w: World, rng: random.Random) -> str:
     x = rng.choice(OBJECTS)
     m, p, s = w.material[x], w.place[x], SIZES[w.size[x]]
     name = rng.choice(list(PROPERTIES))
-    materials, does, does_not = PROPERTIES[name]
-    fact = does if m in materials else does_not
+    fact = w.fact(x, name)
     sentences = [
         rng.choice(
             [
@@ -278,8 +284,7 @@ def compared(w: World, rng: random.Random) -> str:
 def story(w: World, rng: random.Random) -> str:
     """Someone takes something home; what happens follows from the facts."""
     a, x = rng.choice(PEOPLE), rng.choice(OBJECTS)
-    _, does, does_not = PROPERTIES[name := rng.choice(list(PROPERTIES))]
-    fact = does if w.has(x, name) else does_not
+    fact = w.fact(x, rng.choice(list(PROPERTIES)))
     return (
         f"{a} the {w.job[a]} took the {SIZES[w.size[x]]} {x} from the {w.place[x]} to the "
         f"{w.home[a]}. The {x} {fact}. Then {a} went home to {w.habit[a]}."
@@ -291,7 +296,7 @@ def quiz(w: World, rng: random.Random) -> str:
     things, people = w.of(w.material, "train"), w.of(w.job, "train")
     x, a, act = rng.choice(things), rng.choice(people), rng.choice(w.of(w.steps, "train"))
     i, name = rng.randrange(5), rng.choice(list(PROPERTIES))
-    materials, does, _ = PROPERTIES[name]
+    does = PROPERTIES[name][1]
     topics = [  # question, right answer, what the wrong ones are drawn from
         (f"What is the {x} made of?", w.material[x], MATERIALS),
         (f"Where is the {x} kept?", w.place[x], PLACES),
@@ -337,24 +342,25 @@ def paragraph(sentences: list[str], rng: random.Random) -> str:
 
 
 class Asked(NamedTuple):
-    """A question before it is put into words: options in order of asking, the right one first."""
+    """A question before it is put into its family's words."""
 
     text: str
     right: str
     wrong: list[str]
 
 
-def questions(family: str, split: str, count: int, seed: int = 0) -> list[dict]:
-    """`count` different questions of a family in the format of LLM-Adapters' files.
+def questions(family: str, split: str, count: int) -> list[dict]:
+    """`count` different questions of a family and a split of SPLITS, in LLM-Adapters' format.
 
     Each is {"instruction", "input", "output", "answer"}. The instruction ends with an "Answer
     format" line, which holds the options, and `answer` is one of them; the paper's tasks number
     theirs (answer1, …), ours go by their own words, since to bind numbers to words takes a larger
-    model than ours. The right option's place is balanced.
+    model than ours. The right option's place is balanced. Different questions may ask about one
+    fact, with other wrong options.
     """
     w = world()
     number = FAMILIES.index(family) * len(SPLITS) + list(SPLITS).index(split)
-    rng = random.Random(seed * 1000 + number + 1)
+    rng = random.Random(number + 1)
     found: dict[str, dict] = {}
     while len(found) < count:
         asked = ASK[family](w, split, rng)
@@ -379,6 +385,7 @@ HEADS = {
     "openbookqa": ANSWER,
 }
 FORM = "\n\nAnswer format:"  # before the options
+OUTPUT = "the correct answer is"  # before the answer
 
 
 def phrase(family: str, asked: Asked, turn: int, rng: random.Random) -> dict:
@@ -390,7 +397,7 @@ def phrase(family: str, asked: Asked, turn: int, rng: random.Random) -> dict:
     return {
         "instruction": f"{HEADS[family]} {asked.text}{FORM} {' / '.join(options)}",
         "input": "",
-        "output": f"the correct answer is {asked.right}",
+        "output": f"{OUTPUT} {asked.right}",
         "answer": asked.right,
     }
 
@@ -484,9 +491,7 @@ def ask_winogrande(w: World, split: str, rng: random.Random) -> Asked:
         name = rng.choice(list(PROPERTIES))
         x, y = contrast(w, split, rng, name, 1)
         first, second = rng.sample([x, y], 2)
-        _, does, does_not = PROPERTIES[name]
-        fact = does if w.has(x, name) else does_not
-        return Asked(f"Of the {first} and the {second}, only the _ {fact}.", x, [y])
+        return Asked(f"Of the {first} and the {second}, only the _ {w.fact(x, name)}.", x, [y])
     a, b = rng.sample(w.of(w.job, split), 2)
     first, second = rng.sample([a, b], 2)
     facts = w.home if kind == 0 else w.job
@@ -524,7 +529,7 @@ def ask_arc_challenge(w: World, split: str, rng: random.Random) -> Asked:
         wrong = rng.sample([tool for tool in TOOLS.values() if tool != right], 3)
         return Asked(f"Which tool does {a} need at work?", right, wrong)
     if kind == 1:
-        text, facts, value = f"Which is made of the same material as the {x}?", w.material, None
+        text, facts = f"Which is made of the same material as the {x}?", w.material
         value = w.material[x]
     else:
         text, facts, value = f"Which is kept in the place where {a} lives?", w.place, w.home[a]

@@ -509,7 +509,8 @@ def initialise(model: nn.Module, std: float = 0.02) -> None:
                 nn.init.zeros_(module.bias)
 
 
-# a LLaMA but for its vocabulary, which the tokenizer gives
+# A LLaMA but for its vocabulary, which the tokenizer gives. It is pre-trained on 128 tokens at a
+# time; rotary positions allow more, and the real tasks spelled in bytes need it.
 LLAMA_MICRO = dict(dim=128, depth=4, heads=4, kv_heads=2, hidden=384, context=2048)
 
 # name: class, picture size it is made for, and the numbers that make its size
@@ -714,7 +715,7 @@ def load_llama(folder: Path, dtype: torch.dtype = torch.float32) -> LLaMA:
             model = LLaMA(**numbers)
     except KeyError as error:
         raise OSError(f"{folder / 'config.json'} has no entry {error}; fetch it again") from error
-    except (ValueError, TypeError) as error:  # TypeError: a text where a number belongs
+    except (AttributeError, ValueError, TypeError) as error:  # a text where a number belongs
         raise ValueError(f"{folder / 'config.json'}: {error}") from error
 
     own = dict(model.named_parameters())  # without the head where it is tied

@@ -30,7 +30,7 @@ import san
 import tuning
 
 WEIGHTS = Path(__file__).parent / "weights" / "llama_micro.pt"
-# [us] the grids of --compare; the first is the default, since validation on microworld chose it
+# [us] the grids of --compare; the first is the default, as validation on microworld chose it
 LEARNING_RATES = {
     "linear": (3e-3, 1e-3, 1e-2),
     "full": (1e-3, 3e-4, 3e-3),
@@ -44,7 +44,7 @@ LEARNING_RATES = {
 DOCUMENTS = 60_000  # of microworld's corpus: one epoch of pre-training
 WINDOW = 128  # tokens of the corpus read at once
 IGNORE = -100  # the label of a token whose successor is not asked for
-ANSWER_TOKENS = 32  # what --score generate lets the model say, as LLM-Adapters' code does
+ANSWER_TOKENS = 32  # what --score generate lets the model say, as in LLM-Adapters' code
 
 
 def arguments(words: list[str] | None = None) -> argparse.Namespace:
@@ -68,9 +68,8 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     add("--dtype", default="float32", choices=["float32", "bfloat16"], help="of frozen weights")
     add(
         "--score",
-        default="likelihood",
         choices=["likelihood", "generate"],
-        help="take the likeliest option, or the first one that the model's own text names",
+        help="take the likeliest option, the default, or the first that the model's own text names",
     )
     tuning.add_flags(p, tuning.METHODS, epochs=5, batch=32)
     args = p.parse_args(words)
@@ -79,6 +78,10 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     corpus = args.tasks == ["corpus"]
     if "corpus" in args.tasks and (not corpus or args.data != "microworld" or args.compare):
         p.error("--tasks corpus stands alone, with microworld and one method")
+    if corpus and (args.shots or args.train_file or args.score):
+        p.error("--tasks corpus has no questions: leave --shots, --train-file and --score out")
+    if args.score is None and not args.evaluate:
+        args.score = "likelihood"
     if args.dtype != "float32" and (args.compare or args.method in ("linear", "full")):
         p.error("linear, full and with them --compare train the weights; give --dtype float32")
     args.wiring, args.shift = "exact", False  # a LLaMA has one wiring, and no bias to shift
@@ -96,7 +99,7 @@ def main() -> None:
 
 def load_model(args: argparse.Namespace) -> tuple[models.LLaMA, data_sets.Tokenizer]:
     """The base model with its weights, on the device, and the tokenizer that goes with it."""
-    torch.manual_seed(args.seed)  # weights, where there are none to load, and LoRA's A after this
+    torch.manual_seed(args.seed)  # of the weights, where there are none to load
     path, dtype = Path(args.weights or WEIGHTS), getattr(torch, args.dtype)
     if args.weights == "none":
         tokenizer = data_sets.microworld_tokenizer()
@@ -107,7 +110,7 @@ def load_model(args: argparse.Namespace) -> tuple[models.LLaMA, data_sets.Tokeni
         content = san.read(path)
         content = content if isinstance(content, dict) else {}
         try:
-            tokenizer = data_sets.Tokenizer(content["pieces"])
+            tokenizer = tokenizer_of(content["tokenizer"])
             model = restore(content["numbers"], content["state_dict"])
         except (KeyError, IndexError, TypeError, ValueError) as error:
             raise ValueError(
@@ -137,9 +140,10 @@ def restore(numbers: dict, state: dict[str, Tensor]) -> models.LLaMA:
     return model
 
 
-def saved_content(model: models.LLaMA, tokenizer: data_sets.Tokenizer) -> dict:
-    """What a saved model needs beside its weights; a checkpoint's tokenizer stays in its folder."""
-    return {"numbers": model.numbers, "pieces": getattr(tokenizer, "pieces", None)}
+def tokenizer_of(saved: list[str] | str) -> data_sets.Tokenizer | data_sets.LlamaTokenizer:
+    """A saved model's tokenizer: the pieces of ours, or the folder of a checkpoint's."""
+    is_folder = isinstance(saved, str)
+    return data_sets.LlamaTokenizer(Path(saved)) if is_folder else data_sets.Tokenizer(saved)
 
 
 # ------------------------------------------------------------------------------------- training
@@ -204,7 +208,8 @@ class Branch(NamedTuple):
 
 @functools.cache  # the same questions are scored after every epoch
 def branch(question: data_sets.Question, tokenizer: data_sets.Tokenizer) -> Branch:
-    texts = [question.prompt + data_sets.OUTPUT.format(option) for option in question.options]
+    stem = question.prompt + question.output.removesuffix(question.options[question.answer])
+    texts = [stem + option for option in question.options]
     tokens = [tokenizer.encode(text) for text in texts]
     shared = os.path.commonprefix(tokens)
     tails = [t[len(shared) :] for t in tokens]
@@ -258,7 +263,7 @@ def padded(lists: list[list[int]], device: torch.device) -> Tensor:
 
 
 def first_named(text: str, options: Iterable[str]) -> int:
-    """Which option a text names first, as the paper's code reads answers; −1 if it names none."""
+    """Which option a text names first, as LLM-Adapters' code reads it; −1 if it names none."""
     found = []
     for i, option in enumerate(options):
         if match := re.search(rf"(?<!\w){re.escape(option)}(?!\w)", text):
@@ -393,7 +398,8 @@ def overlap_scores(question: data_sets.Question) -> list[float]:
     text = question.prompt.split("### Instruction:")[-1].split("Answer format:")[0]
     if question.options == ("true", "false"):  # is what is asked said before?
         *before, last = re.split(r"[.:] ", text.strip())
-        share = mean(word in words(" ".join(before)) for word in words(last)) if before else 0.5
+        seen, asked = words(" ".join(before)), words(last)
+        share = len(seen & asked) / max(1, len(asked))
         return [share, 1 - share]
     marks = [re.search(rf"{re.escape(o)}:", text, re.IGNORECASE) for o in question.options]
     if None in marks:  # the options are words themselves, not the names of texts
@@ -453,7 +459,10 @@ def names_of(args: argparse.Namespace) -> tuple[str, str]:
     task = "corpus" if corpus else Path(args.data).resolve().name
     if args.weights == "none":
         return task, "untrained"
-    return task, Path(args.weights or WEIGHTS).resolve().name.removesuffix(".pt")
+    path = Path(args.weights or WEIGHTS).resolve()
+    if path.name in ("model.pt", "merged.pt"):  # of a run, whose folder has the better name
+        path = path.parent
+    return task, path.name.removesuffix(".pt")
 
 
 def adapted(model: models.LLaMA, args: argparse.Namespace) -> models.LLaMA:
@@ -480,11 +489,12 @@ def run(args: argparse.Namespace) -> None:
         result["test_base"] = mean(before.values())
     said = [speak(model, tokenizer, question) for question in shown]
     adapted(model, args)
-    history, figures = tuning.measured(
+    history, figures = tuning.train_and_measure(
         model, args, args.method, lambda: fit(model, job, args, Path(args.out), args.method)
     )
     result |= figures | {"wall": time.perf_counter() - started}
-    tuning.conclude(model, args, history, result, job.read, saved_content(model, tokenizer))
+    content = {"numbers": model.numbers, "tokenizer": tokenizer.saved}
+    tuning.conclude(model, args, history, result, job.read, content)
     if not questions:
         return
     rows = []
@@ -505,12 +515,11 @@ def run(args: argparse.Namespace) -> None:
 
 def evaluate_run(args: argparse.Namespace) -> None:
     """Score the merged (or fully trained) model of a saved run on its test questions."""
-    saved, (state, numbers, pieces), path = tuning.reopen(
-        args, ("device",), ("state_dict", "numbers", "pieces")
+    own = ("device", "score") if args.score else ("device",)
+    saved, (state, numbers, tokenizer), path = tuning.reopen(
+        args, own, ("state_dict", "numbers", "tokenizer")
     )
-    tokenizer = (
-        data_sets.Tokenizer(pieces) if pieces else data_sets.LlamaTokenizer(Path(saved.weights))
-    )
+    tokenizer = tokenizer_of(tokenizer)
     model = restore(numbers, state).to(args.device)
     job, _ = load_job(saved, model, tokenizer)
     print(f"test accuracy of {path}  {100 * job.read(model)[1]['test']:.2f} %")
@@ -527,7 +536,7 @@ def compare(args: argparse.Namespace) -> None:
         def train_one(own: argparse.Namespace) -> tuple[nn.Module, dict]:
             model = adapted(load_model(own)[0], own)
             note = f"{own.method} seed {own.seed}"
-            return model, tuning.measured(
+            return model, tuning.train_and_measure(
                 model, own, note, lambda: fit(model, job, own, None, note)
             )[1]
 

@@ -221,7 +221,7 @@ def adapted_model(args, name: str, factors: list[int]) -> nn.Module:
 
 
 def train_method(model: nn.Module, data: data_sets.Data, args, out: Path | None, note: str):
-    """Train an adapted model in place, as args.method and args.lr say: tuning.measured's pair."""
+    """Train an adapted model in place, as args say: tuning.train_and_measure's pair."""
 
     def work() -> list[dict]:
         if args.method == "linear":
@@ -229,7 +229,7 @@ def train_method(model: nn.Module, data: data_sets.Data, args, out: Path | None,
             return history
         return train(model, data.train, data.val, data.factors, args, out, note)
 
-    return tuning.measured(model, args, note, work)
+    return tuning.train_and_measure(model, args, note, work)
 
 
 def read_test(model: nn.Module, data: data_sets.Data, args) -> tuple[Tensor, dict]:

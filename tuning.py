@@ -161,7 +161,7 @@ def add_flags(p: argparse.ArgumentParser, methods: Iterable[str], epochs: int, b
     add("--lr", type=float, help="by default what suits the method")
     add("--weight-decay", type=float, default=0.0)
     add("--warmup-epochs", type=float, help="by default a tenth of the epochs")
-    add("--seed", type=int, default=0, choices=range(10_000), metavar="0…9999")
+    add("--seed", type=int, default=0, help="0 … 9999")
     add("--device", default="auto", help="cpu, cuda, …")
     add("--amp", action=argparse.BooleanOptionalAction, help="bfloat16 autocast; on where fast")
     add("--out", help="default: runs/<data>-<model>-<method>-seed<k>")
@@ -175,6 +175,8 @@ def check_flags(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Fill in what add_flags leaves open; a combination without a sense ends the program."""
     if args.compare and (args.resume or args.seed):
         p.error("--compare takes --seeds, the number of them, and goes on by itself")
+    if not 0 <= args.seed < 10_000:
+        p.error("--seed must lie in 0 … 9999")
     if args.lr is not None and not 0 < args.lr < float("inf"):
         p.error("--lr must be a number above 0")
     if args.warmup_epochs is None:
@@ -393,7 +395,7 @@ def peak_memory(device: torch.device, start: bool = False) -> float:
         return math.nan
 
 
-# --------------------------------------------------------------------------------------- one run
+# ----------------------------------- one run: begin, then train_and_measure, then conclude; reopen
 
 
 def begin(args: argparse.Namespace, out: Path) -> None:
@@ -413,13 +415,13 @@ def begin(args: argparse.Namespace, out: Path) -> None:
         old.unlink(missing_ok=True)
 
 
-def measured(
+def train_and_measure(
     model: nn.Module, args: argparse.Namespace, note: str, train: Callable[[], list[dict]]
 ) -> tuple[list[dict], dict]:
-    """train() gives the history of training an adapted model; figures say what that took.
+    """Train an adapted model by train(), which gives its history; figures say what that took.
 
-    They are trainable (count), percent of all, seconds an epoch, peak memory in MB, and val, the
-    last validation accuracy, 0 … 1.
+    The figures are trainable (count), percent of all, seconds an epoch, peak memory in MB, and
+    val, the last validation accuracy, 0 … 1.
     """
     peak_memory(args.device, start=True)
     trainable, total = count(model)
@@ -446,10 +448,10 @@ def conclude(
     read: Callable[[nn.Module], tuple[Tensor, dict]],
     content: dict,
 ) -> None:
-    """Save what was trained, score and merge the model by `finish`, save it merged, and report.
+    """Save what was trained, score_and_merge the model, save it merged, and report.
 
-    result: the run's figures so far; read: as for `finish`; content: what a saved model needs
-    beside its state dict.
+    result: the run's figures so far; read: as for score_and_merge; content: what a saved model
+    needs beside its state dict.
     """
     out = Path(args.out)
     if args.method in ("san", "ssf"):
@@ -458,7 +460,7 @@ def conclude(
         san.write({"trained": trained_state(model)}, out / "adapter.pt")
     if hasattr(model, "_san"):
         result["gamma"] = san.summary(model)["layers"]
-    result |= finish(model, read)
+    result |= score_and_merge(model, read)
     saved = out / ("model.pt" if args.method == "full" else "merged.pt")
     san.write(content | {"state_dict": model.state_dict()}, saved)
     write_json_lines([*history, result], out / "metrics.jsonl")
@@ -515,7 +517,7 @@ def reopen(
 # --------------------------------------------------------------------------------------- reports
 
 
-def finish(model: nn.Module, read: Callable[[nn.Module], tuple[Tensor, dict]]) -> dict:
+def score_and_merge(model: nn.Module, read: Callable[[nn.Module], tuple[Tensor, dict]]) -> dict:
     """Score the adapted model on the test split, merge it in place, and score it again.
 
     read(model): its outputs and its scores, of which test is the accuracy, 0 … 1. Returns those
@@ -528,10 +530,10 @@ def finish(model: nn.Module, read: Callable[[nn.Module], tuple[Tensor, dict]]) -
 
 
 def compare_outputs(adapted: Tensor, merged: Tensor) -> dict:
-    """Do two models' outputs, pictures×classes, agree?
+    """Do two models' outputs agree? Along the last axis: classes, options or words.
 
-    merge_difference: the largest absolute difference; merge_same: the share of pictures, 0 … 1,
-    with the same largest output.
+    merge_difference: the largest absolute difference; merge_same: the share, 0 … 1, of pictures,
+    questions or tokens with the same largest output.
     """
     difference = (adapted - merged).abs().max().item()
     same = (adapted.argmax(-1) == merged.argmax(-1)).float().mean().item()
@@ -557,7 +559,7 @@ def search(
     """Choose one method's learning rate on validation, then train and score it with every seed.
 
     rates: those to choose from; args.lr, if given, is the only one.
-    train(args): a model and its figures, at args.lr and args.seed; read: as for `finish`.
+    train(args): a model and its figures, at args.lr and args.seed; read: as for `score_and_merge`.
     Every rate is tried with seed 0; the best by validation is scored on the test split, then the
     other seeds. A rate at which the loss does not stay finite is out, and recorded as None.
     """
@@ -584,10 +586,10 @@ def search(
     if best is None:
         raise FloatingPointError(f"{method} stayed finite at none of the learning rates {rates}")
     rate, model, figures = best
-    results = [figures | finish(model, read)]
+    results = [figures | score_and_merge(model, read)]
     for seed in range(1, args.seeds):
         model, figures = trained(rate, seed)
-        results.append(figures | finish(model, read))
+        results.append(figures | score_and_merge(model, read))
     return {"lr": rate, "tried": tried, "runs": results}
 
 

@@ -514,7 +514,7 @@ def test_microworlds_own_questions_are_spelled_in_whole_pieces(family, tokenizer
         for _, question in asked_by(family, split):
             assert min(tokenizer.encode(question.prompt + question.output)) > tokenizer.end
             for option in question.options:
-                assert len(tokenizer.encode(data.OUTPUT.format(option))) == 2
+                assert len(tokenizer.encode(f"{microworld.OUTPUT} {option}")) == 2
 
 
 def test_a_piece_is_taken_whole_and_the_longest_sentence_first():
@@ -723,6 +723,7 @@ GOOD = example("boolq", 0)
         ([GOOD, GOOD, {"instruction": "?"}], "example 2 has no text called 'output'"),
         ([{**GOOD, "answer": True}], "example 0 has no text called 'answer'"),
         ([GOOD, {**GOOD, "answer": "maybe"}], "example 1 has the answer 'maybe'.* true, false"),
+        ([{**GOOD, "output": "no idea"}], "example 0 has an output that does not end with"),
         ([GOOD, {**GOOD, "instruction": "Why?"}], "example 1 does not end with an 'Answer format"),
     ],
 )

@@ -73,7 +73,7 @@ def model(tokenizer) -> models.LLaMA:
 def weights(model, tokenizer, tmp_path_factory) -> Path:
     """That model in a file, as a run would save it."""
     path = tmp_path_factory.mktemp("weights") / "tiny.pt"
-    content = {"pieces": tokenizer.pieces, "numbers": model.numbers}
+    content = {"tokenizer": tokenizer.pieces, "numbers": model.numbers}
     san.write(content | {"state_dict": model.state_dict()}, path)
     return path
 
@@ -115,7 +115,7 @@ def without_times(records: list[dict]) -> list[dict]:
 
 
 def asked(text: str, options: list[str], answer: int = 0) -> data.Question:
-    output = data.OUTPUT.format(options[answer])
+    output = f"{microworld.OUTPUT} {options[answer]}"
     return data.Question(data.PROMPT.format(text), output, tuple(options), answer)
 
 
@@ -186,7 +186,7 @@ def naive_scores(model, question: data.Question, tokenizer) -> list[float]:
     """log p(prompt and option), every option in a full sequence of its own."""
     scores = []
     for option in question.options:
-        tokens = tokenizer.encode(question.prompt + data.OUTPUT.format(option))
+        tokens = tokenizer.encode(question.prompt + f"{microworld.OUTPUT} {option}")
         logs = model(torch.tensor([tokens]))[0].double().log_softmax(-1)
         scores.append(sum(logs[i - 1, tokens[i]].item() for i in range(1, len(tokens))))
     return scores
@@ -420,7 +420,7 @@ def test_without_weights_microworld_is_learned_from_nothing(
     assert command(*words, "--method", "full", "--device", "cpu", "--out", tmp_path) == 0
     assert "16 training, 4 validation and 24 test questions of 2 tasks" in capsys.readouterr().out
     assert "test_base" not in metrics(tmp_path)[-1]
-    assert san.read(tmp_path / "model.pt")["pieces"] == tokenizer.pieces
+    assert san.read(tmp_path / "model.pt")["tokenizer"] == tokenizer.pieces
 
 
 def test_the_table_tells_what_guesses_get_and_what_training_changed(
@@ -537,7 +537,7 @@ def test_a_pretrained_model_is_what_weights_takes(flags, weights, tmp_path, few_
     assert command("--evaluate", pre, "--device", "cpu") == 0
     assert f"{100 * result['test']:.2f} %" in capsys.readouterr().out
     assert command(*flags, "--weights", pre / "model.pt", "--out", out) == 0
-    assert metrics(out)[-1]["model"] == "model"
+    assert metrics(out)[-1]["model"] == "pre"
 
 
 # -------------------------------------------------------------------------------------- resume
@@ -746,7 +746,7 @@ def test_a_checkpoint_that_cannot_be_used_is_refused(
         (b"half a fi", 1, "broken"),
         ({"epoch": 3}, 2, "holds no LLaMA of ours"),
         ([1], 2, "holds no LLaMA of ours"),
-        ({"pieces": ["a"], "numbers": {"vocab": 9}, "state_dict": {}}, 2, "no LLaMA of ours"),
+        ({"tokenizer": ["a"], "numbers": {"vocab": 9}, "state_dict": {}}, 2, "no LLaMA of ours"),
         pytest.param(torch.zeros(3), 2, "holds no LLaMA of ours"),
     ],
 )
@@ -893,7 +893,7 @@ shipped = pytest.mark.skipif(
 @shipped
 def test_the_shipped_weights_are_llama_micro_with_microworlds_pieces(tokenizer):
     content = san.read(train_lm.WEIGHTS)
-    assert content["pieces"] == tokenizer.pieces
+    assert content["tokenizer"] == tokenizer.pieces
     numbers = models.LLaMA(len(tokenizer), **models.LLAMA_MICRO).numbers
     assert content["numbers"] == numbers
 
