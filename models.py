@@ -297,7 +297,11 @@ class GroupedAttention(nn.Module):
     def forward(
         self, x: Tensor, rotation: tuple, mask: Tensor | None, past: tuple | None
     ) -> tuple[Tensor, tuple]:
-        """x, B×N×C, and the past keys and values → the same for x and for past and present."""
+        """x, B×N×C → what attention writes, B×N×C, and the keys and values of past and present.
+
+        rotation: cosines and sines, B×1×N×d/2; mask: as in LLaMA.features; past and what is given
+        back: keys and values, B×kv_heads×(P+N)×d.
+        """
         q, k, v = (
             layer(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # B h N d
             for layer in (self.q_proj, self.k_proj, self.v_proj)
@@ -485,7 +489,10 @@ class LLaMA(nn.Module):
 
 @torch.no_grad()
 def generate(model: LLaMA, tokens: list[int], count: int, stop: int | None = None) -> list[int]:
-    """Up to `count` tokens that follow the prompt, the likeliest each time, until `stop`."""
+    """Up to `count` tokens that follow a prompt of one or more, the likeliest each time.
+
+    It ends before `stop`; the context's length is the caller's concern. Source: greedy decoding.
+    """
     cache, new = [None] * len(model.blocks), []
     x = torch.tensor([tokens], device=model.embed.weight.device)  # 1×N, then 1×1
     for _ in range(count):

@@ -189,6 +189,8 @@ def collate(batch: list[tuple[list[int], int]]) -> tuple[Tensor, Tensor]:
 
 
 def fit(model: nn.Module, job: Job, args, out: Path | None, note: str) -> list[dict]:
+    """tuning.fit on a job's batches, with token_loss."""
+
     def loss_of(model: nn.Module, batch: tuple) -> Tensor:
         return token_loss(model, *(x.to(args.device, non_blocking=True) for x in batch))
 
@@ -258,6 +260,7 @@ ABSENT = -1e9  # the score of an option that a question does not have
 
 
 def padded(lists: list[list[int]], device: torch.device) -> Tensor:
+    """Rows of numbers as one B×(longest) tensor, filled up with zeros."""
     longest = max(map(len, lists))
     return torch.tensor([[*row, *[0] * (longest - len(row))] for row in lists], device=device)
 
@@ -466,6 +469,7 @@ def names_of(args: argparse.Namespace) -> tuple[str, str]:
 
 
 def adapted(model: models.LLaMA, args: argparse.Namespace) -> models.LLaMA:
+    """The model itself, made ready for args.method."""
     torch.manual_seed(args.seed)  # of LoRA's A
     tuning.adapt(model, args.method, args)
     return model

@@ -56,9 +56,11 @@ class LoRALayer(nn.Module):
         return ((x.to(self.a.dtype) @ self.a.T) @ self.b.T * self.scale).to(x.dtype)
 
     def update(self) -> Tensor:
+        """(α/r) B A in the weight's shape."""
         return ((self.b @ self.a) * self.scale).view_as(self.layer.weight)
 
     def weight_now(self) -> Tensor:
+        """What the layer's weight will be after the merge, before rounding."""
         return self.layer.weight + self.update()
 
     @torch.no_grad()
@@ -102,7 +104,8 @@ def adapt(model: nn.Module, method: str, args: argparse.Namespace) -> None:
     full: all; san, ssf: γ (and β) of the linked layers and the norms [C], ssf being feature
     scaling alone with a shift [S]; lora, dora: an update of low rank on the linked layers, of a
     LLaMA on its LOW_RANK layers; san+lora, san+dora [P]: that update inside SAN's two diagonals,
-    which act on the updated weight [us]. dora and the last two are for nn.Linear alone.
+    which act on the updated weight [us]. The rank is args.rank and α equals it [us]. dora and the
+    last two are for nn.Linear alone.
     A classifier's new head is trained by every method; a LLaMA's head is pre-trained, as the rest.
     """
     links = model.links(args.wiring)
