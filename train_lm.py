@@ -32,14 +32,14 @@ import tuning
 WEIGHTS = Path(__file__).parent / "weights" / "llama_micro.pt"
 # [us] the grids of --compare; the first is the default, as validation on microworld chose it
 LEARNING_RATES = {
-    "linear": (3e-3, 1e-3, 1e-2),
+    "linear": (1e-2, 1e-3, 3e-3),
     "full": (1e-3, 3e-4, 3e-3),
-    "lora": (3e-3, 1e-3, 1e-2),
-    "dora": (3e-3, 1e-3, 1e-2),
+    "lora": (1e-2, 1e-3, 3e-3),
+    "dora": (1e-2, 1e-3, 3e-3),
     "ssf": (3e-2, 1e-2, 1e-1),
     "san": (3e-2, 1e-2, 1e-1),
-    "san+lora": (3e-3, 1e-3, 1e-2),
-    "san+dora": (3e-3, 1e-3, 1e-2),
+    "san+lora": (1e-2, 1e-3, 3e-3),
+    "san+dora": (1e-2, 1e-3, 3e-3),
 }
 DOCUMENTS = 60_000  # of microworld's corpus: one epoch of pre-training
 WINDOW = 128  # tokens of the corpus read at once
@@ -511,6 +511,8 @@ def run(args: argparse.Namespace) -> None:
         percent = {key: f"{100 * share:.1f}" for key, share in shares.items()}
         rows.append({"task": part, "questions": len(asked)} | percent)
     print("\ntest accuracy in per cent, and what guesses get\n" + tuning.markdown(rows))
+    if shown:
+        print("in the model's own words:\n")
     for question, first in zip(shown, said):
         text = question.prompt.split("### Instruction:\n")[1].split("\n\n### Response")[0]
         print(f"{text}\n  before: {first}\n  after:  {speak(model, tokenizer, question)}")
