@@ -104,6 +104,8 @@ def load_model(args: argparse.Namespace) -> tuple[models.LLaMA, data_sets.Tokeni
     if args.weights == "none":
         tokenizer = data_sets.microworld_tokenizer()
         model = models.LLaMA(len(tokenizer), **models.LLAMA_MICRO)
+    elif not path.exists():
+        raise OSError(f"--weights: there is no file {path}, and no such folder")
     elif path.is_dir():
         model, tokenizer = models.load_llama(path, dtype), data_sets.LlamaTokenizer(path)
     else:

@@ -476,6 +476,8 @@ def report(result: dict, saved: Path) -> None:
         if key in result:
             print(f"test accuracy, {what:<20}{100 * result[key]:.2f} %")
     print(f"test accuracy, {result['method']:<20}{100 * result['test']:.2f} %")
+    if "perplexity" in result:
+        print(f"perplexity of other documents      {result['perplexity']:.3f}")
     if len(result.get("factors", [])) > 1:
         print("each factor:", ", ".join(f"{100 * share:.1f} %" for share in result["factors"]))
     print(
