@@ -1,4 +1,4 @@
-"""Three backbones written by hand: ViT, ConvNeXt and LLaMA, each with its links for `san.attach`.
+"""Four backbones written by hand, ViT, ConvNeXt, Swin and LLaMA, with their links for `san.attach`.
 
 A model here is its forward pass: `features` gives one vector a picture, or one a token of a text,
 and `head` reads it. `links()` says which layer is anterior to which; the table and its reasons are
@@ -12,6 +12,7 @@ in normalised, B×3×H×W.
 import json
 import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -131,6 +132,14 @@ class ViT(nn.Module):
 # ------------------------------------------------------------------------------------- ConvNeXt
 
 
+def stochastic_depth(z: Tensor, rate: float) -> Tensor:
+    """A branch's output, B×…×…×…, zero with probability `rate`, else z / (1 − rate), by picture."""
+    if rate == 0:
+        return z
+    keep = 1 - rate
+    return z * (torch.rand(len(z), 1, 1, 1, device=z.device) < keep).to(z.dtype) / keep
+
+
 class LayerNorm2d(nn.LayerNorm):
     """LayerNorm over the channels of B×C×H×W."""
 
@@ -158,10 +167,7 @@ class ConvNeXtBlock(nn.Module):
         z = self.dwconv(x).permute(0, 2, 3, 1)  # B H W C
         z = self.pwconv2(F.gelu(self.pwconv1(self.norm(z))))
         z = (self.layer_scale * z).permute(0, 3, 1, 2)  # B C H W
-        if self.training and self.drop_path > 0:  # stochastic depth, one draw a picture
-            keep = 1 - self.drop_path
-            z = z * (torch.rand(len(z), 1, 1, 1, device=z.device) < keep).to(z.dtype) / keep
-        return x + z
+        return x + stochastic_depth(z, self.drop_path if self.training else 0.0)
 
 
 class ConvNeXt(nn.Module):
@@ -228,6 +234,182 @@ class ConvNeXt(nn.Module):
                 links.append(Link(f"{block}.pwconv1", f"{block}.dwconv"))
                 links.append(Link(f"{block}.pwconv2", f"{block}.pwconv1"))
                 stream = f"{block}.pwconv2"
+        return links
+
+
+# ----------------------------------------------------------------------------------------- Swin
+
+
+def to_windows(x: Tensor, window: int) -> Tensor:
+    """B×H×W×C → the n = HW / w² windows of w×w places, row by row, B×n×w²×C."""
+    x = x.unflatten(2, (-1, window)).unflatten(1, (-1, window))  # B H/w w W/w w C
+    return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+
+
+def from_windows(x: Tensor, window: int, height: int) -> Tensor:
+    """The inverse of `to_windows`: B×n×w²×C → B×H×W×C."""
+    x = x.unflatten(2, (window, window)).unflatten(1, (height // window, -1))  # B H/w W/w w w C
+    return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+
+
+class WindowAttention(Attention):
+    """Attention inside windows of w×w places, softmax(q kᵀ / √d + bias) v, on B×H×W×C.
+
+    The bias is learned, one number for each head and each of the (2w − 1)² offsets from one place
+    of a window to another. With a shift s the grid is first rolled up and left by s, cyclically,
+    so that windows straddle the borders of the unshifted ones; attention is then masked between
+    places that the roll alone made neighbours. The grid is padded with zeros to whole windows.
+    """
+
+    def __init__(self, dim: int, heads: int, window: int, shift: int):
+        super().__init__(dim, heads)
+        self.window, self.shift = window, shift
+        self.offset_bias = nn.Parameter(torch.zeros((2 * window - 1) ** 2, heads))
+        nn.init.trunc_normal_(self.offset_bias, std=0.02)
+        # place (y, x) becomes y (2w − 1) + x, so that a difference of two tells the offset
+        place = torch.arange(window**2)
+        place = place // window * (2 * window - 1) + place % window
+        index = place[:, None] - place + 2 * window * (window - 1)  # w²×w², from 0 on
+        self.register_buffer("index", index, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        w, (height, width) = self.window, x.shape[1:3]
+        x = F.pad(x, (0, 0, 0, -width % w, 0, -height % w))
+        sides = x.shape[1:3]
+        shifts = [self.shift if side > w else 0 for side in sides]  # one window holds it all
+        x = to_windows(x.roll([-s for s in shifts], dims=(1, 2)), w)
+        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # B n w² 3 h d
+        q, k, v = qkv.permute(3, 0, 1, 4, 2, 5)  # each B n h w² d
+        bias = self.offset_bias[self.index].permute(2, 0, 1)  # h w² w²
+        if any(shifts):
+            bias = bias.masked_fill(self.apart(sides, shifts)[:, None], -math.inf)  # n h w² w²
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype))
+        x = self.proj(x.transpose(2, 3).flatten(3))  # B n w² C
+        return from_windows(x, w, sides[0]).roll(shifts, dims=(1, 2))[:, :height, :width]
+
+    def apart(self, sides: Sequence[int], shifts: Sequence[int]) -> Tensor:
+        """n×w²×w², True for two places of a shifted window that are no neighbours in the picture.
+
+        They are those on either side of the seam, s places before the rolled grid's end.
+        """
+        below, right = (
+            torch.arange(side, device=self.index.device) >= side - shift
+            for side, shift in zip(sides, shifts)
+        )
+        region = 2 * below[:, None] + right.long()  # H×W, 0 … 3
+        region = to_windows(region[None, :, :, None], self.window)[0]  # n×w²×1
+        return region != region.transpose(1, 2)
+
+
+class SwinBlock(nn.Module):
+    """x + attn(norm(x)), then x + mlp(norm(x)), each branch dropped whole at random."""
+
+    def __init__(self, dim: int, heads: int, window: int, shift: int, drop_path: float):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-5)
+        self.attn = WindowAttention(dim, heads, window, shift)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-5)
+        self.mlp = MLP(dim)
+        self.drop_path = drop_path
+
+    def forward(self, x: Tensor) -> Tensor:
+        rate = self.drop_path if self.training else 0.0
+        x = x + stochastic_depth(self.attn(self.norm1(x)), rate)
+        return x + stochastic_depth(self.mlp(self.norm2(x)), rate)
+
+
+class PatchMerging(nn.Module):
+    """Each 2×2 neighbours side by side, 4C channels, then reduction(norm(x)): 4C → 2C."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(4 * dim, eps=1e-5)
+        self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.pad(x, (0, 0, 0, x.shape[2] % 2, 0, x.shape[1] % 2))
+        x = x.unflatten(2, (-1, 2)).unflatten(1, (-1, 2))  # B H/2 2 W/2 2 C
+        # the lower neighbour comes before the right one, as the published weights have it
+        return self.reduction(self.norm(x.permute(0, 1, 3, 4, 2, 5).flatten(3)))
+
+
+class Swin(nn.Module):
+    """Swin Transformer (Liu et al. 2021): attention in windows, shifted in every second block.
+
+    Stages of blocks with a patch merging between, which halves the grid and doubles the channels.
+    dim: channels of the first stage; depths, heads: a number for each stage.
+    """
+
+    def __init__(
+        self,
+        outputs: int,
+        image_size: int,
+        patch: int,
+        window: int,
+        dim: int,
+        depths: tuple,
+        heads: tuple,
+        drop_path: float,
+    ) -> None:
+        super().__init__()
+        if image_size < patch:
+            raise ValueError(f"image size {image_size} is too small; take {patch} or more")
+        self.image_size = image_size
+        # deeper blocks drop more often; on the CPU, as in ConvNeXt
+        rates = torch.linspace(0, drop_path, sum(depths), device="cpu").tolist()
+        dims = [dim * 2**i for i in range(len(depths))]
+        self.patch_embed = nn.Conv2d(3, dim, kernel_size=patch, stride=patch)
+        self.patch_norm = nn.LayerNorm(dim, eps=1e-5)
+        self.downsample = nn.ModuleList(PatchMerging(dim) for dim in dims[:-1])
+        self.stages = nn.ModuleList(
+            nn.Sequential(
+                *(SwinBlock(dim, h, window, j % 2 * (window // 2), rates.pop(0)) for j in range(n))
+            )
+            for dim, n, h in zip(dims, depths, heads)
+        )
+        self.norm = nn.LayerNorm(dims[-1], eps=1e-5)
+        self.head = nn.Linear(dims[-1], outputs)
+        initialise(self)
+
+    def features(self, images: Tensor) -> Tensor:
+        """Normalised pictures, B×3×H×W → the average over places of the last norm, B×C."""
+        x = self.patch_norm(self.patch_embed(images).permute(0, 2, 3, 1))  # B H/p W/p C
+        for i, stage in enumerate(self.stages):
+            x = stage(self.downsample[i - 1](x) if i else x)
+        return self.norm(x).mean((1, 2))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.features(images))
+
+    def links(self, wiring: str = "exact") -> list[Link]:
+        """The links of every layer but the head.
+
+        layer      anterior
+        qkv        the last layer that wrote to the stream: patch_embed, reduction or fc2
+        attn.proj  the value third of qkv, exact as in ViT: windows, shifts and biases choose
+                   which tokens mix, and channels still do not
+        fc1        attn.proj, through residual and norm
+        fc2        fc1, through GELU
+        reduction  the stage's last fc2, its channels repeated for each of the 4 neighbours
+
+        Raises ValueError for a wiring other than "exact": the authors' v1 code wires ViTs.
+        """
+        if wiring != "exact":
+            raise ValueError(f"wiring '{wiring}' is defined for ViT alone; choose 'exact'")
+        links, stream = [Link("patch_embed")], "patch_embed"
+        for i, stage in enumerate(self.stages):
+            dim = len(stage[0].norm1.weight)
+            if i:
+                merging = f"downsample.{i - 1}.reduction"
+                links.append(Link(merging, stream, [*range(dim // 2)] * 4))
+                stream = merging
+            for j in range(len(stage)):
+                attn, mlp = f"stages.{i}.{j}.attn", f"stages.{i}.{j}.mlp"
+                links.append(Link(f"{attn}.qkv", stream))
+                links.append(Link(f"{attn}.proj", f"{attn}.qkv", range(2 * dim, 3 * dim)))
+                links.append(Link(f"{mlp}.fc1", f"{attn}.proj"))
+                links.append(Link(f"{mlp}.fc2", f"{mlp}.fc1"))
+                stream = f"{mlp}.fc2"
         return links
 
 
@@ -538,6 +720,21 @@ SIZES = {
         224,
         dict(depths=(3, 3, 27, 3), dims=(128, 256, 512, 1024), drop_path=0.5),
     ),
+    "swin_micro": (
+        Swin,
+        32,
+        dict(patch=2, window=4, dim=32, depths=(2, 2, 2), heads=(2, 4, 8), drop_path=0.0),
+    ),
+    "swin_tiny": (
+        Swin,
+        224,
+        dict(patch=4, window=7, dim=96, depths=(2, 2, 6, 2), heads=(3, 6, 12, 24), drop_path=0.2),
+    ),
+    "swin_base": (
+        Swin,
+        224,
+        dict(patch=4, window=7, dim=128, depths=(2, 2, 18, 2), heads=(4, 8, 16, 32), drop_path=0.5),
+    ),
 }
 
 
@@ -555,7 +752,7 @@ def build(name: str, outputs: int, image_size: int | None = None) -> nn.Module:
 # --------------------------------------------------------------------------------------- weights
 
 # torchvision's and Hugging Face's names → ours, tried in this order on the start of every key;
-# ConvNeXt's numbers stay torchvision's here, and are halved in a second step
+# ConvNeXt's and Swin's numbers stay torchvision's here, and are halved in a second step
 VIT_NAMES = [
     (r"encoder\.pos_embedding", "position"),
     (r"conv_proj", "patch_embed"),
@@ -578,6 +775,18 @@ CONVNEXT_NAMES = [
     (r"classifier\.0", "norm"),
     (r"classifier\.2", "head"),
 ]
+SWIN_NAMES = [
+    (r"features\.0\.0", "patch_embed"),
+    (r"features\.0\.2", "patch_norm"),
+    (
+        r"features\.([1357])\.(\d+)\.attn\.relative_position_bias_table",
+        r"stages.\1.\2.attn.offset_bias",
+    ),
+    (r"features\.([1357])\.(\d+)\.mlp\.0", r"stages.\1.\2.mlp.fc1"),
+    (r"features\.([1357])\.(\d+)\.mlp\.3", r"stages.\1.\2.mlp.fc2"),
+    (r"features\.([1357])\.", r"stages.\1."),
+    (r"features\.([246])\.", r"downsample.\1."),
+]
 LLAMA_NAMES = [
     (r"model\.embed_tokens", "embed"),
     (r"model\.layers\.(\d+)\.input_layernorm", r"blocks.\1.norm1"),
@@ -599,16 +808,23 @@ def rename(key: str, names: list[tuple[str, str]]) -> str:
 
 
 def from_torchvision(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict of torchvision's VisionTransformer or ConvNeXt under our names and shapes.
+    """A state dict of torchvision's ViT, ConvNeXt or Swin under our names and shapes.
 
-    torchvision numbers ConvNeXt's stages and the halvings between them in one row: 1, 3, 5, 7
-    are stages 0 to 3, and 2, 4, 6 are halvings 0 to 2.
+    torchvision numbers the stages of the latter two and the halvings between them in one row:
+    1, 3, 5, 7 are stages 0 to 3, and 2, 4, 6 are halvings 0 to 2.
     """
-    is_vit = "conv_proj.weight" in state
+    if "conv_proj.weight" in state:
+        names = VIT_NAMES
+    elif "features.1.0.attn.relative_position_bias_table" in state:
+        names = SWIN_NAMES
+    else:
+        names = CONVNEXT_NAMES
     converted = {}
     for key, value in state.items():
-        key = rename(key, VIT_NAMES if is_vit else CONVNEXT_NAMES)
-        if not is_vit:
+        if key.endswith("relative_position_index"):  # no weight: the window's size tells it
+            continue
+        key = rename(key, names)
+        if names is not VIT_NAMES:
             key = re.sub(r"^stages\.(\d)", lambda m: f"stages.{int(m[1]) // 2}", key)
             key = re.sub(r"^downsample\.(\d)", lambda m: f"downsample.{int(m[1]) // 2 - 1}", key)
         converted[key] = value.flatten() if key.endswith("layer_scale") else value

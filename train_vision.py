@@ -40,6 +40,8 @@ IMAGENET = {
     "vit_l16": "ViT_L_16_Weights.IMAGENET1K_V1",
     "convnext_tiny": "ConvNeXt_Tiny_Weights.IMAGENET1K_V1",
     "convnext_base": "ConvNeXt_Base_Weights.IMAGENET1K_V1",
+    "swin_tiny": "Swin_T_Weights.IMAGENET1K_V1",
+    "swin_base": "Swin_B_Weights.IMAGENET1K_V1",
 }
 
 
@@ -106,6 +108,11 @@ def load_model(args: argparse.Namespace, name: str, factors: list[int]) -> nn.Mo
     )
     if weights == "none":
         return model
+    if not args.weights and weights != "imagenet1k" and not weights.exists():
+        raise ValueError(
+            f"no weights are shipped for {name}; pre-train it as weights/README.md says and give "
+            "--weights PATH, or give none"
+        )
     if weights == "imagenet1k":
         state = models.from_torchvision(imagenet1k(name))
     else:

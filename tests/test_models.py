@@ -11,12 +11,14 @@ from torchvision.models.convnext import CNBlockConfig
 
 import models
 import san
-from models import SIZES, ConvNeXt, ConvNeXtBlock, ViT
+from models import SIZES, ConvNeXt, ConvNeXtBlock, Swin, SwinBlock, ViT, WindowAttention
 from san import Link
 
 TINY_VIT = dict(image_size=32, patch=8, dim=8, depth=2, heads=2)
 TINY_CONVNEXT = dict(image_size=32, depths=(1, 2), dims=(4, 8), drop_path=0.0)
-MICRO = ["vit_micro", "convnext_micro"]
+# grids of 8×8 and 4×4, padded to 9×9 and 6×6
+TINY_SWIN = dict(image_size=32, patch=4, window=3, dim=8, depths=(2, 2), heads=(2, 4))
+MICRO = ["vit_micro", "convnext_micro", "swin_micro"]
 
 
 @torch.no_grad()
@@ -38,6 +40,10 @@ def tiny_vit(outputs: int = 5, **changes) -> ViT:
 
 def tiny_convnext(outputs: int = 5, **changes) -> ConvNeXt:
     return randomise(ConvNeXt(outputs, **{**TINY_CONVNEXT, **changes}))
+
+
+def tiny_swin(outputs: int = 5, **changes) -> Swin:
+    return randomise(Swin(outputs, **{**TINY_SWIN, "drop_path": 0.0, **changes}))
 
 
 def random_images(size: int, count: int = 2) -> torch.Tensor:
@@ -65,12 +71,17 @@ def converted(theirs: nn.Module, ours: nn.Module) -> nn.Module:
         ("vit_b_16", "vit_b16"),
         ("convnext_tiny", "convnext_tiny"),
         ("convnext_base", "convnext_base"),
+        ("swin_t", "swin_tiny"),
+        ("swin_b", "swin_base"),
     ],
 )
 def test_torchvisions_model_converts_into_ours_and_gives_the_same_logits(theirs, ours):
     with torch.device("meta"):  # no time spent on values that are overwritten
         real = torchvision.models.get_model(theirs)
     real = randomise(real.to_empty(device="cpu"))
+    for module in real.modules():
+        if hasattr(module, "define_relative_position_index"):  # Swin's buffer is no random value
+            module.define_relative_position_index()
     own = converted(real, models.build(ours, outputs=1000))
     images = random_images(224, count=1)
     assert real(images).std() > 0.1  # the logits say something
@@ -103,6 +114,30 @@ def torchvisions_tiny_convnext() -> nn.Module:
     )
 
 
+@cache
+def torchvisions_tiny_swin() -> nn.Module:
+    return randomise(
+        torchvision.models.SwinTransformer(
+            patch_size=[4, 4],
+            embed_dim=8,
+            depths=[2, 2],
+            num_heads=[2, 4],
+            window_size=[3, 3],
+            num_classes=5,
+        ),
+        seed=1,
+    )
+
+
+# places a side in the two stages: 1 and 1; 3, one window, and 2; 5, odd to merge, and 3; 12 and 6
+@pytest.mark.parametrize("size", [4, 12, 20, 50, (12, 28)])
+def test_swin_pads_pictures_of_every_size_as_torchvision_does(size):
+    height, width = size if isinstance(size, tuple) else (size, size)
+    images = random_images(64)[:, :, :height, :width]
+    own = converted(torchvisions_tiny_swin(), tiny_swin())
+    assert difference(torchvisions_tiny_swin(), own, images) < 1e-5
+
+
 def drop_class_token(model):
     model.class_token.data.zero_()
 
@@ -132,6 +167,29 @@ def use_another_norm_epsilon(model):
     model.stem[1].eps = 0.1
 
 
+def forget_the_offsets(model):
+    model.stages[0][0].attn.offset_bias.data.zero_()
+
+
+def mirror_the_offsets(model):
+    model.stages[0][0].attn.index = model.stages[0][0].attn.index.T
+
+
+def forget_the_shift(model):
+    model.stages[1][1].attn.shift = 0
+
+
+def forget_the_mask(model):
+    attention = model.stages[0][1].attn
+    real = attention.apart
+    attention.apart = lambda *numbers: torch.zeros_like(real(*numbers))
+
+
+def merge_in_another_order(model):
+    weight = model.downsample[0].reduction.weight
+    weight.data = weight.data.unflatten(1, (2, 2, -1)).transpose(1, 2).flatten(1)
+
+
 @pytest.mark.parametrize(
     "theirs, ours, mistake",
     [
@@ -142,6 +200,11 @@ def use_another_norm_epsilon(model):
         (torchvisions_tiny_convnext, tiny_convnext, forget_layer_scale),
         (torchvisions_tiny_convnext, tiny_convnext, skip_a_block),
         (torchvisions_tiny_convnext, tiny_convnext, use_another_norm_epsilon),
+        (torchvisions_tiny_swin, tiny_swin, forget_the_offsets),
+        (torchvisions_tiny_swin, tiny_swin, mirror_the_offsets),
+        (torchvisions_tiny_swin, tiny_swin, forget_the_shift),
+        (torchvisions_tiny_swin, tiny_swin, forget_the_mask),
+        (torchvisions_tiny_swin, tiny_swin, merge_in_another_order),
     ],
 )
 def test_a_mistake_in_the_model_shows_in_the_logits(theirs, ours, mistake):
@@ -173,6 +236,9 @@ def test_the_mlp_names_of_torchvisions_older_files_convert_too():
         ("convnext_micro", 637_886),
         ("convnext_tiny", 28_589_128),
         ("convnext_base", 88_591_464),
+        ("swin_micro", 566_530),
+        ("swin_tiny", 28_288_354),
+        ("swin_base", 87_768_224),
     ],
 )
 def test_every_size_has_its_published_number_of_parameters(name, parameters):
@@ -188,11 +254,56 @@ def test_the_published_vits_have_heads_of_64_channels(name):
     assert {model.head.in_features // block.attn.heads for block in model.blocks} == {64}
 
 
-def test_the_sizes_are_the_eight_that_the_parameter_counts_cover():
+def test_the_sizes_are_the_eleven_that_the_parameter_counts_cover():
     assert set(SIZES) == {
         *("vit_micro", "vit_tiny", "vit_s16", "vit_b16", "vit_l16"),
         *("convnext_micro", "convnext_tiny", "convnext_base"),
+        *("swin_micro", "swin_tiny", "swin_base"),
     }
+
+
+# ------------------------------------------------------------------------------- Swin's windows
+
+
+def test_windows_are_squares_of_the_grid_and_go_back_to_their_places():
+    x = torch.arange(2 * 6 * 9 * 2).view(2, 6, 9, 2)
+    windows = models.to_windows(x, 3)
+    assert windows.shape == (2, 6, 9, 2)
+    assert torch.equal(windows[1, 5], x[1, 3:6, 6:9].flatten(0, 1))  # the last of 2×3 windows
+    assert torch.equal(models.from_windows(windows, 3, height=6), x)
+
+
+# where each row or column of the grid ends up, by letters: attention stays within one letter
+@pytest.mark.parametrize(
+    "shift, rows, columns",
+    [
+        (0, "aaaabbbb", "aaaabbbbcccc"),
+        (2, "aabbbbcc", "aabbbbccccdd"),
+        (1, "abbbbccc", "abbbbccccddd"),
+        (2, "aaaa", "aabbbbcc"),  # a side of one window is not shifted
+        (2, "aaaa", "aaaa"),
+    ],
+)
+@torch.no_grad()
+def test_a_place_is_seen_within_its_own_part_of_a_window_alone(shift, rows, columns):
+    torch.manual_seed(0)
+    attention = randomise(WindowAttention(dim=4, heads=2, window=4, shift=shift)).double()
+    height, width = len(rows), len(columns)
+    x = torch.randn(1, height, width, 4, dtype=torch.float64)
+    # one picture for each place, changed there
+    change = torch.eye(height * width, dtype=torch.float64).view(-1, height, width, 1)
+    seen = (attention(x + change) - attention(x)).abs().amax(-1) > 1e-9  # HW H W
+    parts = [row + column for row in rows for column in columns]
+    expected = torch.tensor([[one == other for other in parts] for one in parts])
+    assert torch.equal(seen.flatten(1), expected)
+
+
+def test_the_offset_bias_is_one_number_for_each_offset():
+    index = WindowAttention(dim=4, heads=2, window=3, shift=0).index
+    places = [(y, x) for y in range(3) for x in range(3)]
+    offsets = [(a - c + 2) * 5 + (b - d + 2) for a, b in places for c, d in places]
+    assert index.flatten().tolist() == offsets
+    assert "stages.0.0.attn.index" not in tiny_swin().state_dict()
 
 
 # ---------------------------------------------------------------------------------- building
@@ -208,6 +319,7 @@ def test_an_unknown_model_is_refused_with_the_choices():
     [
         ("vit_micro", 30),  # patches of 4
         ("vit_b16", 225),  # patches of 16
+        ("swin_micro", 1),  # patches of 2
         ("convnext_micro", 8),  # halved to nothing: 4 × 2 × 2 pixels become one
     ],
 )
@@ -290,7 +402,7 @@ def test_weights_of_the_other_kind_of_backbone_are_refused():
         models.load_backbone(tiny_convnext(), tiny_vit().state_dict())
 
 
-@pytest.mark.parametrize("build", [tiny_vit, tiny_convnext])
+@pytest.mark.parametrize("build", [tiny_vit, tiny_convnext, tiny_swin])
 @pytest.mark.parametrize("files_head", ["another size", "the same size", "none"])
 def test_the_head_is_left_as_it_was_and_the_rest_is_loaded(build, files_head):
     state = build(outputs=5 if files_head == "the same size" else 9).state_dict()
@@ -306,7 +418,7 @@ def test_the_head_is_left_as_it_was_and_the_rest_is_loaded(build, files_head):
         assert torch.equal(value, expected), key
 
 
-@pytest.mark.parametrize("build", [tiny_vit, tiny_convnext])
+@pytest.mark.parametrize("build", [tiny_vit, tiny_convnext, tiny_swin])
 def test_the_head_is_loaded_where_it_is_asked_for(build):
     source, model = build(), build()
     model.head.weight.data.zero_()
@@ -372,6 +484,25 @@ def test_convnexts_links_are_those_of_the_method():
     ]
 
 
+def test_swins_links_are_those_of_the_method():
+    assert plain(tiny_swin(depths=(2, 1)).links()) == [
+        ("patch_embed", None, None),
+        ("stages.0.0.attn.qkv", "patch_embed", None),
+        ("stages.0.0.attn.proj", "stages.0.0.attn.qkv", VALUES),
+        ("stages.0.0.mlp.fc1", "stages.0.0.attn.proj", None),
+        ("stages.0.0.mlp.fc2", "stages.0.0.mlp.fc1", None),
+        ("stages.0.1.attn.qkv", "stages.0.0.mlp.fc2", None),
+        ("stages.0.1.attn.proj", "stages.0.1.attn.qkv", VALUES),
+        ("stages.0.1.mlp.fc1", "stages.0.1.attn.proj", None),
+        ("stages.0.1.mlp.fc2", "stages.0.1.mlp.fc1", None),
+        ("downsample.0.reduction", "stages.0.1.mlp.fc2", [c % 8 for c in range(32)]),
+        ("stages.1.0.attn.qkv", "downsample.0.reduction", None),
+        ("stages.1.0.attn.proj", "stages.1.0.attn.qkv", [*range(32, 48)]),
+        ("stages.1.0.mlp.fc1", "stages.1.0.attn.proj", None),
+        ("stages.1.0.mlp.fc2", "stages.1.0.mlp.fc1", None),
+    ]
+
+
 @pytest.mark.parametrize("name", MICRO)
 def test_every_layer_but_the_head_is_linked(name):
     model = models.build(name, outputs=5)
@@ -380,7 +511,7 @@ def test_every_layer_but_the_head_is_linked(name):
 
 
 @pytest.mark.parametrize(
-    "name, wiring", [("vit_micro", "exact"), ("vit_micro", "authors"), ("convnext_micro", "exact")]
+    "name, wiring", [("vit_micro", "authors"), *((name, "exact") for name in MICRO)]
 )
 def test_links_attach_and_leave_the_output_exactly_as_it_was(name, wiring):
     model = randomise(models.build(name, outputs=5))
@@ -390,8 +521,35 @@ def test_links_attach_and_leave_the_output_exactly_as_it_was(name, wiring):
     assert len(san.summary(model)["layers"]) == len(base.links(wiring))
 
 
+@torch.no_grad()
+def test_swins_cheap_form_its_explicit_form_and_its_merge_agree(monkeypatch):
+    base = randomise(models.build("swin_micro", outputs=5)).double()
+    model, images = copy.deepcopy(base), random_images(32).double()
+    san.attach(model, model.links(), shift=True)
+    assert model.downsample[0].reduction.beta is None  # no bias that could hold it
+    for name, parameter in model.named_parameters():
+        if name.endswith(("gamma", "beta")):
+            parameter += 0.1 * torch.randn_like(parameter)
+    cheap = model(images)
+    assert (cheap - base(images)).abs().max() > 0.1
+    with monkeypatch.context() as patch:
+        patch.setattr(san.SANLayer, "forward", san.SANLayer.forward_explicit)
+        assert (cheap - model(images)).abs().max() < 1e-12
+    san.merge(model)
+    assert (cheap - model(images)).abs().max() < 1e-12
+    assert model.state_dict().keys() == base.state_dict().keys()
+
+
 @pytest.mark.parametrize(
-    "build, wiring", [(tiny_vit, "autors"), (tiny_convnext, "authors"), (tiny_convnext, "autors")]
+    "build, wiring",
+    [
+        (tiny_vit, "autors"),
+        *(
+            (build, wiring)
+            for build in (tiny_convnext, tiny_swin)
+            for wiring in ("authors", "autors")
+        ),
+    ],
 )
 def test_a_wiring_that_the_backbone_does_not_have_is_refused(build, wiring):
     with pytest.raises(ValueError, match=f"'{wiring}'.*'exact'"):
@@ -410,12 +568,20 @@ def propagating(model: nn.Module, anterior: str, gamma: torch.Tensor) -> nn.Modu
     return model
 
 
-def test_propagating_the_value_scale_into_proj_scales_the_values_themselves():
-    base = tiny_vit().double()
+@pytest.mark.parametrize(
+    "build, attention",
+    [
+        (tiny_vit, "blocks.0.attn"),
+        (tiny_swin, "stages.0.0.attn"),
+        (tiny_swin, "stages.0.1.attn"),  # shifted, masked
+    ],
+)
+def test_propagating_the_value_scale_into_proj_scales_the_values_themselves(build, attention):
+    base = build().double()
     gamma = torch.linspace(-1, 2, 24, dtype=torch.float64)
-    adapted = propagating(base, "blocks.0.attn.qkv", gamma)
+    adapted = propagating(base, f"{attention}.qkv", gamma)
     explicit = copy.deepcopy(base)
-    for parameter in explicit.blocks[0].attn.qkv.parameters():
+    for parameter in explicit.get_submodule(attention).qkv.parameters():
         parameter.data[VALUES] = torch.einsum("c,c...->c...", gamma[VALUES], parameter.data[VALUES])
     images = random_images(32).double()
     assert difference(base, adapted, images) > 0.01
@@ -431,6 +597,18 @@ def test_propagating_the_stem_scale_into_dwconv_scales_its_output_channels():
     images = random_images(32).double()
     assert difference(base, adapted, images) > 0.01
     assert difference(explicit, adapted, images) < 1e-12
+
+
+def test_the_reductions_index_names_the_channel_that_each_merged_channel_carries():
+    model = tiny_swin().double()
+    index = {link.layer: link.index for link in model.links()}["downsample.0.reduction"]
+    merging = copy.deepcopy(model.downsample[0])
+    merging.norm = nn.Identity()  # what it adds to the scale is not the index's concern
+    x = torch.randn(1, 5, 4, 8, dtype=torch.float64)  # five rows: padded
+    gamma = torch.linspace(-1, 2, 8, dtype=torch.float64)
+    scaled = merging(gamma * x)
+    merging.reduction.weight.data *= gamma[index]
+    assert torch.allclose(merging(x), scaled, atol=1e-12)
 
 
 # --------------------------------------------------------------------------- stochastic depth
@@ -450,7 +628,29 @@ def test_stochastic_depth_drops_whole_pictures_in_training_and_keeps_the_mean():
     assert torch.allclose(noisy.mean(0), branch.mean(0), rtol=0.05)
 
 
-def test_deeper_blocks_drop_more_often_up_to_the_rate_given():
-    model = ConvNeXt(5, 32, depths=(2, 3), dims=(4, 8), drop_path=0.4)
+@torch.no_grad()
+@pytest.mark.parametrize("silent", ["attn.proj", "mlp.fc2"])
+def test_each_branch_of_swins_blocks_is_dropped_by_whole_pictures(silent):
+    torch.manual_seed(0)
+    block = randomise(SwinBlock(dim=4, heads=2, window=2, shift=1, drop_path=0.25))
+    for parameter in block.get_submodule(silent).parameters():
+        parameter.zero_()
+    pictures = torch.randn(1, 4, 4, 4).expand(2000, -1, -1, -1)
+    branch = block(pictures) - pictures
+    noisy = block.train()(pictures) - pictures
+    dropped = (noisy == 0).flatten(1).all(1)
+    assert torch.allclose(noisy[~dropped], branch[~dropped] / 0.75, atol=1e-5)
+    assert dropped.float().mean() == pytest.approx(0.25, abs=0.04)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        ConvNeXt(5, 32, depths=(2, 3), dims=(4, 8), drop_path=0.4),
+        Swin(5, **TINY_SWIN | dict(depths=(2, 3), drop_path=0.4)),
+    ],
+    ids=["convnext", "swin"],
+)
+def test_deeper_blocks_drop_more_often_up_to_the_rate_given(model):
     rates = [block.drop_path for stage in model.stages for block in stage]
     assert rates == pytest.approx([0, 0.1, 0.2, 0.3, 0.4])

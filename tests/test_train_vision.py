@@ -415,6 +415,12 @@ def test_a_full_disk_leaves_no_half_written_file(flags, tmp_path, monkeypatch, c
     assert {path.name for path in tmp_path.iterdir()} == {"config.json"}
 
 
+def test_a_model_that_comes_without_weights_is_refused_in_one_sentence(tmp_path, capsys):
+    assert command("--model", "swin_micro", "--out", tmp_path / "run") == 2
+    assert "no weights are shipped for swin_micro" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 # ------------------------------------------------------------------------------------- the README
 
 
