@@ -22,6 +22,7 @@ from torchvision import datasets
 from torchvision.transforms import v2
 
 import microworld
+import models
 import san
 import sprites
 
@@ -341,7 +342,7 @@ class LlamaTokenizer:
             self.inner = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the package raises plain Exceptions
             raise OSError(f"{path} is no tokenizer that can be read ({error})") from error
-        end = json.loads((folder / "config.json").read_text()).get("eos_token_id")
+        end = models.read_json(folder / "config.json").get("eos_token_id")
         self.end = next(iter(end), None) if isinstance(end, list) else end
         if type(self.end) is not int or not 0 <= self.end < len(self):
             raise OSError(f"{folder / 'config.json'} has no eos_token_id that {path.name} knows")

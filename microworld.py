@@ -114,9 +114,9 @@ class World(NamedTuple):
         """The sentence's end that says whether an object has a property."""
         return PROPERTIES[name][1 if self.has(item, name) else 2]
 
-    def of(self, kind: dict, split: str | None = None) -> list[str]:
-        """The names in one of the dictionaries above, of one split or of all."""
-        return [name for name in kind if split in (None, self.split[name])]
+    def of(self, kind: dict, split: str) -> list[str]:
+        """The names of one split in one of the dictionaries above."""
+        return [name for name in kind if self.split[name] == split]
 
 
 @functools.cache

@@ -91,7 +91,7 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     args = arguments()
     work = evaluate_run if args.evaluate else compare if args.compare else run
-    tuning.guard(lambda: work(args), args)
+    tuning.guard(work, args)
 
 
 # ------------------------------------------------------------------------------ model, tokenizer

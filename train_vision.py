@@ -77,15 +77,7 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     args = arguments()
-
-    def work() -> None:
-        if args.evaluate:
-            evaluate_run(args)
-        elif args.compare:
-            compare(args)
-        else:
-            run(args)
-
+    work = evaluate_run if args.evaluate else compare if args.compare else run
     tuning.guard(work, args)
 
 

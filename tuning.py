@@ -48,7 +48,7 @@ class LoRALayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if isinstance(self.layer, nn.Linear):
             return self.layer(x) + self.low_rank(x)
-        weight = (self.layer.weight + self.update()).to(self.layer.weight.dtype)
+        weight = self.weight_now().to(self.layer.weight.dtype)
         return self.layer._conv_forward(x, weight, self.layer.bias)
 
     def low_rank(self, x: Tensor) -> Tensor:
@@ -90,11 +90,11 @@ class DoRALayer(LoRALayer):
     def ratio(self) -> Tensor:
         """m / ‖V‖, one entry a row."""
         with torch.no_grad():
-            length = (self.layer.weight + self.update()).norm(dim=1)
+            length = super().weight_now().norm(dim=1)
         return self.m / length
 
     def weight_now(self) -> Tensor:
-        return self.ratio()[:, None] * (self.layer.weight + self.update())
+        return self.ratio()[:, None] * super().weight_now()
 
 
 def adapt(model: nn.Module, method: str, args: argparse.Namespace) -> None:
@@ -348,7 +348,7 @@ def resume(
     return content["history"]
 
 
-def guard(work: Callable[[], None], args: argparse.Namespace) -> None:
+def guard(work: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
     """Do a script's work; what a user can put right ends it with one sentence and an exit code.
 
     The device and --amp are settled first.
@@ -360,7 +360,7 @@ def guard(work: Callable[[], None], args: argparse.Namespace) -> None:
         args.device = pick_device(args.device)
         if args.amp is None:
             args.amp = args.device.type == "cuda" and torch.cuda.is_bf16_supported()
-        work()
+        work(args)
     except KeyboardInterrupt:
         words = ["python", *(word for word in sys.argv if word != "--resume")]
         checkpoint = Path(args.out or "") / "checkpoint.pt"

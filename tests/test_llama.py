@@ -19,13 +19,7 @@ TINY = dict(vocab=19, dim=16, depth=2, heads=4, kv_heads=2, hidden=24, context=3
 NO_TRANSFORMERS = "the reference is transformers' LLaMA; pip install transformers"
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Products this small only wait for a second thread, for long if the machine is busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @torch.no_grad()

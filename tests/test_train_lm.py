@@ -24,13 +24,7 @@ CPU = torch.device("cpu")
 each_method = pytest.mark.parametrize("method", tuning.METHODS)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Products this small only wait for a second thread, for long if the machine is busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def command(*words) -> int:

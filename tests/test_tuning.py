@@ -25,13 +25,7 @@ NORMS = {"norm", "blocks.0.norm1", "blocks.0.norm2", "blocks.1.norm1", "blocks.1
 ADDING = ("lora", "dora", "ssf", "san", "san+lora", "san+dora")  # all but linear and full
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Products this small only wait for a second thread, for long if the machine is busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @torch.no_grad()
