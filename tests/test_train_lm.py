@@ -4,12 +4,12 @@ import argparse
 import copy
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from running import command_of, metrics, stop_after, without_times
 
 import data
 import microworld
@@ -27,17 +27,7 @@ each_method = pytest.mark.parametrize("method", tuning.METHODS)
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def command(*words) -> int:
-    """Run train_lm.py in this process and return its exit code."""
-    before = sys.argv
-    sys.argv = ["train_lm.py", *map(str, words)]
-    try:
-        train_lm.main()
-    except SystemExit as stop:
-        return stop.code or 0
-    finally:
-        sys.argv = before
-    return 0
+command = command_of(train_lm)
 
 
 @pytest.fixture(scope="module")
@@ -97,15 +87,6 @@ def finished(flags, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("finished") / "run"
     assert command(*flags, "--dtype", "bfloat16", "--out", out) == 0
     return out
-
-
-def metrics(out: Path) -> list[dict]:
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-
-
-def without_times(records: list[dict]) -> list[dict]:
-    timed = {"seconds", "questions_per_second", "wall", "memory"}
-    return [{k: v for k, v in record.items() if k not in timed} for record in records]
 
 
 def asked(text: str, options: list[str], answer: int = 0) -> data.Question:
@@ -535,19 +516,6 @@ def test_a_pretrained_model_is_what_weights_takes(flags, weights, tmp_path, few_
 
 
 # -------------------------------------------------------------------------------------- resume
-
-
-def stop_after(epochs: int, monkeypatch) -> None:
-    """Press Ctrl-C when that many epochs have been checkpointed."""
-    write, count = san.write, []
-
-    def write_and_stop(content, path, save=None):
-        write(content, path, save)
-        count.extend([path] if path.name == "checkpoint.pt" else [])
-        if len(count) == epochs:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(san, "write", write_and_stop)
 
 
 @pytest.mark.parametrize("method", ["full", "san+dora"])

@@ -3,7 +3,6 @@
 import json
 import pickle
 import re
-import sys
 import urllib.error
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import pytest
 import torch
 import torchvision
 from PIL import Image
+from running import command_of, metrics, stop_after, without_times
 
 import models
 import san
@@ -21,17 +21,7 @@ import tuning
 ROOT = Path(__file__).parent.parent
 
 
-def command(*words) -> int:
-    """Run train_vision.py in this process and return its exit code."""
-    before = sys.argv
-    sys.argv = ["train_vision.py", *map(str, words)]
-    try:
-        train_vision.main()
-    except SystemExit as stop:
-        return stop.code or 0
-    finally:
-        sys.argv = before
-    return 0
+command = command_of(train_vision)
 
 
 @pytest.fixture(scope="session")
@@ -62,15 +52,6 @@ def flags(pictures) -> list:
         ROOT / "weights/vit_micro.pt",
     ]
     return [*flags, "--epochs", 2, "--batch-size", 8, "--device", "cpu", "--workers", 0]
-
-
-def metrics(out: Path) -> list[dict]:
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-
-
-def without_times(records: list[dict]) -> list[dict]:
-    timed = {"seconds", "images_per_second", "wall", "memory"}
-    return [{k: v for k, v in record.items() if k not in timed} for record in records]
 
 
 # ------------------------------------------------------------------------------------------ runs
@@ -176,19 +157,6 @@ def test_imagenet1k_without_a_network_says_where_to_put_the_file(
 
 
 # ---------------------------------------------------------------------------------------- resume
-
-
-def stop_after(epochs: int, monkeypatch) -> None:
-    """Press Ctrl-C when that many epochs have been checkpointed."""
-    write, count = san.write, []
-
-    def write_and_stop(content, path, save=None):
-        write(content, path, save)
-        count.extend([path] if path.name == "checkpoint.pt" else [])
-        if len(count) == epochs:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(san, "write", write_and_stop)
 
 
 @pytest.mark.parametrize("method", ["san", "lora", "full"])
