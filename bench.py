@@ -2,12 +2,14 @@
 
     python bench.py                 # a ViT, then a LLaMA, each as wide as a real one
     python bench.py --model llama   # one of them
+    python bench.py --full-size     # ViT-B/16 at 224 px: images/s, FLOP/s, memory, as a table
 
 vit: ViT-B/16's width and 224 px. llama: 1024 channels and 128 tokens, LoRA and DoRA of rank 32 on
 the layers of LLaMA.LOW_RANK, as in the papers' language results.
 Speed is a ratio here, since machines differ and drift: every round times one step of each method
 in turn, and the median over rounds of the ratio to full fine-tuning is what is printed. The
 merged model is timed against the base model in the same way.
+--full-size goes through train_vision's own loop and data path, with pictures of CIFAR's size.
 """
 
 import argparse
@@ -18,8 +20,11 @@ import time
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
+import data
 import models
+import train_vision
 import tuning
 
 
@@ -66,6 +71,7 @@ def report(name: str, args: argparse.Namespace, device: torch.device) -> None:
     torch.manual_seed(0)
     build, rank, methods = MODELS[name]
     options = argparse.Namespace(wiring="exact", mode="both", shift=name == "vit", rank=rank)
+    options.norms, options.gamma_std = True, 0.0
     base, inputs, labels = (x.to(device) for x in build(args.depth, args.batch_size))
 
     def stepper(method: str):
@@ -99,21 +105,112 @@ def report(name: str, args: argparse.Namespace, device: torch.device) -> None:
     print(f"forward, merged {ratio:5.2f} × base, with as many parameters")
 
 
+# ------------------------------------------------------------------------------- ViT-B/16 at 224
+
+
+def full_size(args: argparse.Namespace, device: torch.device) -> None:
+    """Print a Markdown table: what a step of ViT-B/16 at 224 px takes, method by method.
+
+    images/s: of train_vision's loop, crops, flips and the optimizer included; not the model: the
+    share of that time which forward, loss and backward alone do not take; TFLOP/s: those that
+    torch counts in these three, and their share of what one large matrix product reaches.
+    Times are medians over rounds. Peak memory is torch's on a GPU, the process's on a CPU.
+    """
+    words = ["--dataset", "cifar100", "--epochs", "1", "--batch-size", str(args.batch_size)]
+    options = train_vision.arguments(words + ["--compile"] * args.compile)
+    options.device, options.amp, options.lr = device, args.amp, 1e-3
+    count = args.batch_size * args.steps
+    images = torch.randint(256, (count, 3, 32, 32)).byte()
+    pictures = data.Resident(images, torch.randint(100, (count, 1)), 224, "crop+flip").to(device)
+    most = product_rate(device, torch.bfloat16 if args.amp else torch.float32)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    print(
+        f"{name}, {torch.get_num_threads()} CPU threads, {most / 1e12:.3f} TFLOP/s in one product"
+    )
+    methods = ("linear", "full", "lora", "ssf", "san")
+    figures = {m: one_method(m, pictures, options, args.rounds) for m in methods}
+    rows = [
+        {
+            "method": method,
+            "trained": f"{f['trained']:,}",
+            "images/s": f"{count / f['whole']:.1f}",
+            "step, × full": f"{f['whole'] / figures['full']['whole']:.2f}",
+            "not the model": f"{100 * (1 - f['inner'] / f['whole']):.1f} %",
+            "TFLOP/s": f"{f['flops'] / f['inner'] / 1e12:.3f} "
+            f"({100 * f['flops'] / f['inner'] / most:.0f} %)",
+            "peak MB": f"{f['memory']:.0f}",
+        }
+        for method, f in figures.items()
+    ]
+    print(tuning.markdown(rows))
+
+
+def one_method(
+    method: str, pictures: data.Resident, options: argparse.Namespace, rounds: int
+) -> dict[str, float]:
+    """Seconds of an epoch as trained and of its model alone, their FLOP, and peak memory in MB."""
+    torch.manual_seed(0)
+    model = models.build("vit_b16", 100)
+    tuning.adapt(model, method, options)
+    model = train_vision.on_device(model, options.device).train()
+    step_model = torch.compile(model) if options.compile else model
+    loader = train_vision.loader(pictures, options, shuffle=True)
+    images, labels = next(iter(loader))
+    images = train_vision.prepare(images, options.device)
+
+    def epoch() -> float:
+        history = train_vision.train(model, pictures, None, [100], options, None, method)
+        return history[-1]["seconds"]
+
+    def forward_and_backward() -> None:
+        for _ in range(len(loader)):
+            with torch.autocast(options.device.type, torch.bfloat16, enabled=options.amp):
+                outputs = step_model(images).float()
+            train_vision.factor_loss(outputs, labels, [100]).backward()
+            model.zero_grad()
+
+    with FlopCounterMode(display=False) as counter:
+        train_vision.factor_loss(model(images).float(), labels, [100]).backward()
+    model.zero_grad()
+    tuning.peak_memory(options.device, start=True)
+    epoch()  # a first one allocates and compiles
+    memory = tuning.peak_memory(options.device)
+    times = [(epoch(), seconds(forward_and_backward, options.device)) for _ in range(rounds)]
+    whole, inner = map(statistics.median, zip(*times))
+    flops = counter.get_total_flops() * len(loader)
+    trained = tuning.count(model)[0]
+    return dict(whole=whole, inner=inner, flops=flops, memory=memory, trained=trained)
+
+
+def product_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a square matrix product, the best of five."""
+    side = 8192 if device.type == "cuda" else 2048
+    a = torch.randn(side, side, device=device, dtype=dtype)
+    a @ a
+    return 2 * side**3 / min(seconds(lambda: a @ a, device) for _ in range(5))
+
+
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    p.add_argument("--model", nargs="+", default=list(MODELS), choices=MODELS)
-    p.add_argument("--depth", type=int, default=4, help="blocks; ViT-B/16 has 12")
-    p.add_argument("--batch-size", type=int, default=8)
-    p.add_argument("--rounds", type=int, default=15)
-    p.add_argument("--device", default="auto")
-    p.add_argument("--amp", action="store_true", help="bfloat16 autocast")
+    add = p.add_argument
+    add("--model", nargs="+", default=list(MODELS), choices=MODELS)
+    add("--full-size", action="store_true", help="ViT-B/16 at 224 px in place of --model")
+    add("--depth", type=int, default=4, help="blocks; ViT-B/16 has 12")
+    add("--batch-size", type=int, default=8)
+    add("--rounds", type=int, default=15)
+    add("--steps", type=int, default=50, help="of --full-size, a round")
+    add("--device", default="auto")
+    add("--amp", action="store_true", help="bfloat16 autocast")
+    add("--compile", action="store_true", help="of --full-size: torch.compile")
     args = p.parse_args()
-    if min(args.depth, args.batch_size, args.rounds) < 1:
-        p.error("--depth, --batch-size and --rounds must be above 0")
+    if min(args.depth, args.batch_size, args.rounds, args.steps) < 1:
+        p.error("--depth, --batch-size, --rounds and --steps must be above 0")
     try:
         device = tuning.pick_device(args.device)
     except ValueError as error:
         p.error(str(error))
+    if args.full_size:
+        return full_size(args, device)
     for name in args.model:
         report(name, args, device)
 

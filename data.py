@@ -1,29 +1,27 @@
-"""The data sets, read for training: pictures first, then language.
+"""Sets of pictures, read for training: sprites, torchvision's and folders; VTAB-1k and FGVC.
 
-Pictures are sprites, torchvision's sets and folders. Each comes back as `Data`: three splits of
-(picture, label) pairs, a picture being 3×H×W bytes and a label one whole number a factor (most
-sets have one factor, the class). `to_input` turns a batch of bytes into what a model reads.
-Language is microworld and the paper's eight commonsense tasks. Each comes back as `Questions`,
-every one with its options; a tokenizer turns text into numbers.
-[us] our choice, as in san.py.
+Each comes back as `Data`: three splits of (picture, label) pairs, a picture being 3×H×W bytes and
+a label one whole number a factor (most sets have one factor, the class). What is small stays in
+memory and comes a batch at a time (`Resident`); the rest is decoded when it is asked for.
+`to_input` turns a batch of bytes into what a model reads. [S] SSF, [us] our choice.
 """
 
-import http.client
+import bisect
+import functools
 import json
-import re
-import urllib.request
+import math
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import Dataset, Subset, TensorDataset
+from torch.utils.data import Dataset, Subset
 from torchvision import datasets
 from torchvision.transforms import v2
 
-import microworld
-import models
-import san
+import checkpoints
 import sprites
 
 
@@ -35,16 +33,27 @@ class Data(NamedTuple):
 
     train: Dataset
     plain: Dataset
-    val: Dataset
+    val: Dataset | None
     test: Dataset
     factors: list[int]
+
+    def to(self, device: torch.device) -> "Data":
+        """The same, with what is `Resident` on `device`."""
+        splits = [split.to(device) if isinstance(split, Resident) else split for split in self[:4]]
+        return Data(*splits, self.factors)
 
 
 def to_input(images: Tensor) -> Tensor:
     """Bytes B×3×H×W → numbers scaled by ImageNet's mean and deviation, as the weights expect."""
-    mean = torch.tensor([0.485, 0.456, 0.406], device=images.device).view(3, 1, 1)
-    std = torch.tensor([0.229, 0.224, 0.225], device=images.device).view(3, 1, 1)
+    mean, std = scale(images.device)
     return (images.float() / 255 - mean) / std
+
+
+@functools.cache  # the host waits for a GPU that makes them
+def scale(device: torch.device) -> tuple[Tensor, Tensor]:
+    """ImageNet's mean and deviation, each 3×1×1, on the device."""
+    numbers = torch.tensor([checkpoints.MEAN, checkpoints.STD], device=device)
+    return tuple(numbers.view(2, 3, 1, 1))
 
 
 def load(
@@ -57,16 +66,25 @@ def load(
 ) -> Data:
     """The data set `name`: 'sprites', a name of TORCHVISION, or a folder with train/ and test/.
 
+    A task of VTAB or FGVC may be such a folder too, below data_dir, and is then read from there.
     shots: how many labelled pictures in all, a fifth of them for validation. Which pictures those
     are does not depend on a run's seed. Raises ValueError for a name, a folder's contents or a
     number that cannot be used, OSError for files that are missing, broken or cannot be downloaded.
     """
+    known = VTAB | FGVC
     if name == "sprites":
         data = from_sprites(task, source_size)
+    elif name in known and has_splits(Path(data_dir) / name):
+        data = from_folder(Path(data_dir) / name, image_size, augment=name not in STRUCTURED)
     elif name in TORCHVISION:
         data = from_torchvision(name, Path(data_dir), image_size)
     elif Path(name).is_dir():
         data = from_folder(Path(name), image_size)
+    elif name in known:
+        raise ValueError(
+            f"{name} cannot be downloaded: {known[name][1]}; put its pictures in "
+            f"{Path(data_dir) / name}/train/<class>/ and test/<class>/"
+        )
     else:
         raise ValueError(
             f"data set '{name}' is neither a folder nor one of: sprites, {', '.join(TORCHVISION)}"
@@ -89,10 +107,121 @@ def take(data: Data, shots: int) -> Data:
     )
 
 
-def subset(pictures: Dataset, start: int, stop: int) -> Subset:
+def unaugmented(data: Data) -> Data:
+    """Training pictures as they are, which is how VTAB-1k is trained on [S]."""
+    return data._replace(train=data.plain)
+
+
+def whole(data: Data) -> Data:
+    """All labelled pictures to train on, as they are: VTAB-1k's last training, on all 1000.
+
+    None are left to validate with, and nothing can be chosen any more.
+    """
+    labelled = data.plain + data.val
+    return data._replace(train=labelled, plain=labelled, val=None)
+
+
+def subset(pictures: Dataset, start: int, stop: int) -> Dataset:
     """Pictures start … stop − 1 of one shuffled order that is the same in every run."""
-    order = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(0))
-    return Subset(pictures, order[start:stop].tolist())
+    order = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(0))[start:stop]
+    if isinstance(pictures, Resident):
+        return pictures.having(pictures.pictures[order], pictures.labels[order])
+    return Subset(pictures, order.tolist())
+
+
+# ----------------------------------------------------------------------------- pictures in memory
+
+
+@dataclass(eq=False)
+class Resident(Dataset):
+    """Pictures kept as bytes, N×3×H×W, with labels, N×factors; a whole batch is made at once.
+
+    size: how many pixels a side is to have; where that is H and W, and nothing is augmented,
+    a batch is the stored bytes. augment: None, "crop" (`crops`) or "crop+flip".
+    A batch is made on the device that holds the pictures; what it is made of is drawn on the CPU,
+    so that every machine draws the same, and a GPU never makes the host wait.
+    For DataLoader(resident, sampler=BatchSampler(…), batch_size=None), since [] takes a list.
+    """
+
+    pictures: Tensor
+    labels: Tensor
+    size: int
+    augment: str | None = None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
+        """Bytes B×3×size×size and labels B×factors."""
+        device = self.pictures.device
+        index = send(torch.tensor(indices), device)
+        pictures, labels = self.pictures[index], self.labels[index]
+        if self.augment:
+            boxes = crops(len(indices))
+            flips = torch.rand(len(indices)) < (0.5 if "flip" in self.augment else 0)
+            pictures = cut_out(pictures, send(view(boxes, flips), device), self.size)
+        elif pictures.shape[2:] != (self.size, self.size):
+            pictures = resize(pictures, self.size)
+        return pictures, labels
+
+    def __add__(self, other: "Resident") -> "Resident":
+        pairs = (self.pictures, other.pictures), (self.labels, other.labels)
+        return self.having(*map(torch.cat, pairs))
+
+    def having(self, pictures: Tensor, labels: Tensor) -> "Resident":
+        """Other pictures, treated as these are."""
+        return replace(self, pictures=pictures, labels=labels)
+
+    def to(self, device: torch.device) -> "Resident":
+        return self.having(self.pictures.to(device), self.labels.to(device))
+
+
+def send(numbers: Tensor, device: torch.device) -> Tensor:
+    """From the CPU to the device; a GPU fetches pinned memory while the host goes on."""
+    pinned = numbers.pin_memory() if device.type == "cuda" else numbers
+    return pinned.to(device, non_blocking=True)
+
+
+def crops(count: int) -> Tensor:
+    """Boxes drawn at random, count×4: left, top, width and height in shares of a picture.
+
+    Area 0.7 to 1, width : height from 3 : 4 to 4 : 3, as in `transforms`. Where a box does not
+    fit, torchvision draws both again; here the second is drawn from what fits the first [us].
+    """
+    area, aspect, left, top = torch.rand(4, count)
+    area = 0.7 + 0.3 * area
+    most = (-area.log()).clamp(max=math.log(4 / 3))  # more, and a side would be longer than 1
+    aspect = ((2 * aspect - 1) * most).exp()
+    width, height = (area * aspect).sqrt().clamp(max=1), (area / aspect).sqrt().clamp(max=1)
+    return torch.stack([left * (1 - width), top * (1 - height), width, height], dim=1)
+
+
+def view(boxes: Tensor, flips: Tensor) -> Tensor:
+    """Boxes n×4, and which of them are mirrored → n×2×3, affine_grid's maps onto the boxes."""
+    left, top, width, height = boxes.T
+    zero, way = torch.zeros_like(left), torch.where(flips, -1, 1)  # from −1 to 1, or back
+    across = torch.stack([way * width, zero, 2 * left + width - 1], dim=1)
+    down = torch.stack([zero, height, 2 * top + height - 1], dim=1)
+    return torch.stack([across, down], dim=1)
+
+
+def cut_out(pictures: Tensor, views: Tensor, size: int) -> Tensor:
+    """What each view shows of its picture, B×3×size×size bytes, between pixels bilinearly.
+
+    It is for pictures that grow: of a larger one, grid_sample would leave pixels out unseen.
+    """
+    grid = F.affine_grid(views, [len(pictures), 3, size, size], align_corners=False)
+    seen = F.grid_sample(pictures.float(), grid, padding_mode="border", align_corners=False)
+    return seen.round().byte()
+
+
+def resize(pictures: Tensor, size: int) -> Tensor:
+    """Bytes B×3×H×W → B×3×size×size, as v2.Resize would."""
+    resized = F.interpolate(pictures.float(), (size, size), mode="bilinear", antialias=True)
+    return resized.round().byte()
+
+
+# ----------------------------------------------------------------------------------------- sprites
 
 
 def from_sprites(task: str, source_size: int = 100_000) -> Data:
@@ -112,7 +241,7 @@ def from_sprites(task: str, source_size: int = 100_000) -> Data:
     # a stream of its own for every task and split, whatever the run's seed
     seeds = [10 * ("source", *sprites.TASKS).index(task) + split for split in range(3)]
     drawn = [sprites.draw(task, n, seed) for n, seed in zip(sizes, seeds)]
-    train, val, test = (TensorDataset(*pair) for pair in drawn)
+    train, val, test = (Resident(*pair, sprites.PIXELS) for pair in drawn)
     return Data(train, train, val, test, factors)
 
 
@@ -137,6 +266,7 @@ TORCHVISION = {
     "pcam": ("PCAM", "pcam", TRAIN, VAL, TEST, 2),
     # CLEVR's own test pictures carry no counts; VTAB-1k scores on its validation split, and so we
     "clevr_count": ("CLEVRClassification", "clevr", TRAIN, None, VAL, 8),
+    "clevr_dist": ("CLEVRClassification", "clevr", TRAIN, None, VAL, 6),
 }
 # fmt: on
 
@@ -155,13 +285,13 @@ class Single(Dataset):
         return self.transform(image), torch.tensor([int(label) - self.first_class])
 
 
-def transforms(image_size: int, flip: bool = True) -> tuple[v2.Transform, v2.Transform]:
+def transforms(image_size: int) -> tuple[v2.Transform, v2.Transform]:
     """(training, evaluation): a direct resize; training crops lightly, 70 % or more, and flips."""
     train = v2.Compose(
         [
             v2.RGB(),
             v2.RandomResizedCrop((image_size, image_size), (0.7, 1.0), antialias=True),
-            v2.RandomHorizontalFlip(0.5 if flip else 0.0),
+            v2.RandomHorizontalFlip(),
             v2.PILToTensor(),
         ]
     )
@@ -184,6 +314,8 @@ def from_torchvision(name: str, root: Path, image_size: int) -> Data:
             # torchvision has no working download for stanford_cars, and refuses to try
             opened = dataset(str(root), download=name != "stanford_cars", **arguments)
             opened[0]  # some import what they need, or miss a file, only here
+            if name == "clevr_dist":
+                opened._labels = distances(opened)
         except (OSError, RuntimeError, ValueError, ImportError) as error:
             if isinstance(error, ImportError) or "pip install" in str(error):
                 raise OSError(
@@ -200,6 +332,8 @@ def from_torchvision(name: str, root: Path, image_size: int) -> Data:
         if name == "sun397":  # listed as the disk has them; sorted, they are the same everywhere
             pairs = sorted(zip(opened._image_files, opened._labels))
             opened._image_files, opened._labels = map(list, zip(*pairs))
+        if isinstance(opened, datasets.CIFAR10 | datasets.SVHN):
+            return in_memory(opened, image_size)
         return opened
 
     first_class = 3 if name == "clevr_count" else 0  # CLEVR's pictures hold 3 to 10 objects
@@ -214,8 +348,11 @@ def from_torchvision(name: str, root: Path, image_size: int) -> Data:
         val, train = subset(train, 0, fifth), subset(train, fifth, len(train))
     else:
         val = open_split(val_split)
-    augment, plain = transforms(image_size, flip=name != "svhn")  # a flipped digit is no digit
-    if name == "clevr_count":  # a crop could cut an object out of its picture
+    if isinstance(train, Resident):
+        augment = "crop" if name == "svhn" else "crop+flip"  # a flipped digit is no digit
+        return Data(replace(train, augment=augment), train, val, test, [classes])
+    augment, plain = transforms(image_size)
+    if name in STRUCTURED:
         augment = plain
     return Data(
         Single(train, augment, first_class),
@@ -226,7 +363,32 @@ def from_torchvision(name: str, root: Path, image_size: int) -> Data:
     )
 
 
-def from_folder(root: Path, image_size: int) -> Data:
+def in_memory(opened: datasets.CIFAR10 | datasets.SVHN, size: int) -> Resident:
+    """Pictures that torchvision holds as one array; CIFAR's have their channels last."""
+    if isinstance(opened, datasets.SVHN):
+        pictures, labels = opened.data, opened.labels
+    else:
+        pictures, labels = opened.data.transpose(0, 3, 1, 2), opened.targets
+    labels = torch.as_tensor(labels).view(-1, 1)
+    return Resident(torch.from_numpy(pictures).contiguous(), labels, size)
+
+
+def distances(opened: datasets.CLEVRClassification) -> list[int]:
+    """VTAB's six classes of CLEVR scenes: how far from the camera the nearest object is."""
+    file = opened._data_folder / "scenes" / f"CLEVR_{opened._split}_scenes.json"
+    nearest = {
+        scene["image_filename"]: min(thing["pixel_coords"][2] for thing in scene["objects"])
+        for scene in json.loads(file.read_text())["scenes"]
+    }
+    bounds = (8.0, 8.5, 9.0, 9.5, 10.0)  # what lies on one belongs to the class below, as in VTAB
+    return [bisect.bisect_left(bounds, nearest[path.name]) for path in opened._image_files]
+
+
+def has_splits(folder: Path) -> bool:
+    return all((folder / split).is_dir() for split in ("train", "test"))
+
+
+def from_folder(root: Path, image_size: int, augment: bool = True) -> Data:
     """A folder with train/<class>/ and test/<class>/ pictures; a fifth of train/ validates.
 
     Every file is opened once, so that a broken picture is named before the training starts.
@@ -250,13 +412,13 @@ def from_folder(root: Path, image_size: int) -> Data:
             train.loader(path)
         except (OSError, SyntaxError) as error:
             raise OSError(f"{path} is not a picture that can be read: {error}") from error
-    augment, plain = transforms(image_size)
+    augmented, plain = transforms(image_size)
     fifth = len(train) // 5
     if not fifth:
         raise ValueError(f"{root} has {len(train)} training pictures; at least 5 are needed")
     rest = subset(train, fifth, len(train))
     return Data(
-        Single(rest, augment),
+        Single(rest, augmented if augment else plain),
         Single(rest, plain),
         Single(subset(train, 0, fifth), plain),
         Single(test, plain),
@@ -264,243 +426,63 @@ def from_folder(root: Path, image_size: int) -> Data:
     )
 
 
-# ------------------------------------------------------------------------------ language: tokens
+# ------------------------------------------------------------------------------- VTAB-1k and FGVC
 
-# The prompt of LLM-Adapters (Hu et al. 2023), which the paper's language experiments use: its
-# words, without the indentation that its code puts before every line [us].
-PROMPT = (
-    "Below is an instruction that describes a task. Write a response that appropriately completes "
-    "the request.\n\n### Instruction:\n{}\n\n### Response:\n"
-)
+# VTAB's 19 tasks in its order, and FGVC's five: group, and why torchvision cannot give it, if so
+MISSING = "torchvision does not have it"
+VTAB = {
+    "cifar100": ("natural", None),
+    "caltech101": ("natural", None),
+    "dtd": ("natural", None),
+    "flowers102": ("natural", None),
+    "oxford_pets": ("natural", None),
+    "svhn": ("natural", None),
+    "sun397": ("natural", None),
+    "pcam": ("specialised", None),
+    "eurosat": ("specialised", None),
+    "resisc45": ("specialised", MISSING),
+    "retinopathy": ("specialised", f"{MISSING}, and Kaggle asks for an account"),
+    "clevr_count": ("structured", None),
+    "clevr_dist": ("structured", None),
+    "dmlab": ("structured", MISSING),
+    "kitti_dist": (
+        "structured",
+        "torchvision has KITTI's training pictures alone, without the videos that VTAB splits by",
+    ),
+    "dsprites_loc": ("structured", MISSING),
+    "dsprites_ori": ("structured", MISSING),
+    "smallnorb_azi": ("structured", MISSING),
+    "smallnorb_ele": ("structured", MISSING),
+}
+FGVC = {
+    "cub200": ("fine-grained", MISSING),
+    "nabirds": ("fine-grained", MISSING),
+    "flowers102": ("fine-grained", None),
+    "stanford_dogs": ("fine-grained", MISSING),
+    "stanford_cars": ("fine-grained", None),
+}
+# a crop or a flip would change what is asked: place, direction, distance or number
+STRUCTURED = {name for name, (group, _) in VTAB.items() if group == "structured"}
 
 
-class Tokenizer:
-    """Text ↔ numbers, with a small vocabulary of our own [us]; `saved` is what it is made from.
+def suite(name: str, data_dir: str = "data") -> tuple[list[str], dict[str, str]]:
+    """Which tasks of "vtab" or "fgvc" can be loaded, and why each of the others cannot.
 
-    0 … 255 are bytes, 256 ends a text, and from 257 on every number is one of `pieces`: words with
-    the space before them, digits, signs, and the fixed sentences of the prompt. What is no piece
-    is spelled in bytes, so that every text can be written and comes back the same.
+    A task can be where torchvision has it, or where `<data_dir>/<task>/` is a folder with
+    train/<class>/ and test/<class>/ pictures; whether a download succeeds is not tried.
+
+    The protocol is VTAB-1k's: take(data, 1000), for 800 to train on and 200 to choose by, then
+    `whole`. Not VTAB's own are [us]: the 1000 pictures, which are the first of our shuffled order;
+    the test pictures of eurosat, caltech101 and sun397, a random fifth; caltech101's classes,
+    torchvision's 101 without the background. FGVC's sets have a fifth for validation where they
+    bring none. Raises ValueError for another name.
     """
-
-    end = 256
-    WORD = r" ?[A-Za-z]+|\d|\s|[^\w\s]|\w"
-
-    def __init__(self, pieces: list[str]):
-        self.pieces = self.saved = list(pieces)
-        self.number = {piece: 257 + i for i, piece in enumerate(pieces)}
-        sentences = [piece for piece in pieces if not re.fullmatch(self.WORD, piece)]
-        escaped = [re.escape(piece) for piece in sorted(sentences, key=len, reverse=True)]
-        self.pattern = re.compile("|".join([*escaped, self.WORD]))
-
-    def __len__(self) -> int:
-        return 257 + len(self.pieces)
-
-    def encode(self, text: str) -> list[int]:
-        numbers = []
-        for piece in self.pattern.findall(text):
-            numbers += [self.number[piece]] if piece in self.number else piece.encode()
-        return numbers
-
-    def decode(self, numbers: list[int]) -> str:
-        """The text of `encode`'s numbers; an end is left out."""
-        known = [n for n in numbers if n != self.end]
-        parts = [bytes([n]) if n < 256 else self.pieces[n - 257].encode() for n in known]
-        return b"".join(parts).decode(errors="replace")
-
-
-def microworld_tokenizer() -> Tokenizer:
-    """Its pieces are the words of the microworld, met in its documents and questions."""
-    texts = microworld.corpus(10_000)
-    for family in microworld.FAMILIES:
-        texts += [r["instruction"] for r in microworld.questions(family, "train", 200)]
-    sentences = [*PROMPT.split("{}"), *microworld.HEADS.values(), microworld.FORM]
-    sentences.append(microworld.OUTPUT)
-    pieces = {piece for text in texts for piece in re.findall(Tokenizer.WORD, text)}
-    pieces |= {*microworld.PEOPLE, *sentences}  # a name without a space begins some documents
-    return Tokenizer(sorted(pieces))
-
-
-class LlamaTokenizer:
-    """A checkpoint's own tokenizer.json, read by the `tokenizers` package; `end` as in config.json.
-
-    Raises OSError if the file is missing or broken, ValueError if the package is.
-    """
-
-    def __init__(self, folder: Path):
-        self.saved, path = str(folder.resolve()), folder / "tokenizer.json"
-        if not path.is_file():
-            raise OSError(
-                f"{folder} has no tokenizer.json; fetch it from where the weights are from"
-            )
-        try:
-            import tokenizers
-        except ImportError as error:
-            raise ValueError(
-                "a checkpoint's tokenizer needs packages: pip install -r requirements-extra.txt"
-            ) from error
-        try:
-            self.inner = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the package raises plain Exceptions
-            raise OSError(f"{path} is no tokenizer that can be read ({error})") from error
-        end = models.read_json(folder / "config.json").get("eos_token_id")
-        self.end = next(iter(end), None) if isinstance(end, list) else end
-        if type(self.end) is not int or not 0 <= self.end < len(self):
-            raise OSError(f"{folder / 'config.json'} has no eos_token_id that {path.name} knows")
-
-    def __len__(self) -> int:
-        return self.inner.get_vocab_size()
-
-    def encode(self, text: str) -> list[int]:
-        return self.inner.encode(text).ids
-
-    def decode(self, numbers: list[int]) -> str:
-        return self.inner.decode(numbers)
-
-
-# ------------------------------------------------------------------------- language: eight tasks
-
-EIGHT = microworld.FAMILIES  # the folders' names are the tasks' names in LLM-Adapters
-LLM_ADAPTERS = "https://raw.githubusercontent.com/AGI-Edgerunners/LLM-Adapters/main"
-
-
-class Question(NamedTuple):
-    """A prompt, the text to learn after it, the options and which of them is right.
-
-    The text ends with the right option.
-    """
-
-    prompt: str
-    output: str
-    options: tuple[str, ...]
-    answer: int
-
-
-class Questions(NamedTuple):
-    """The questions of each split by task."""
-
-    train: dict[str, list[Question]]
-    val: dict[str, list[Question]]
-    test: dict[str, list[Question]]
-
-
-def load_questions(
-    source: str, tasks: list[str], train_file: str | None = None, shots: int | None = None
-) -> Questions:
-    """Questions of 'microworld' or of a folder with <task>/train.json and <task>/test.json.
-
-    A task's validation questions are a fifth of its training questions, at most 200, in the way
-    of VTAB-1k; microworld has its own, about other things. shots: how many labelled questions a
-    task has in all, those for validation among them. train_file: one file with the training
-    questions of all tasks (the paper's commonsense_170k.json) in place of every train.json. Which
-    questions those are does not depend on a run's seed.
-
-    Raises ValueError for an unknown or empty task or too many shots, OSError for a file that is
-    missing and cannot be downloaded, or broken.
-    """
-    folder = Path(source)
-    if source != "microworld" and not folder.is_dir():
-        raise ValueError(f"--data {source} is neither a folder nor 'microworld'")
-    unknown = [task for task in tasks if task not in EIGHT and not (folder / task).is_dir()]
-    if unknown:
-        raise ValueError(f"task '{unknown[0]}' is unknown; choose from {', '.join(EIGHT)}")
-    if train_file is not None and source == "microworld":
-        raise ValueError("--train-file goes with --data DIR, not with microworld")
-    train, val, test = {}, {}, {}
-    for task in tasks:
-        own = held = None
-        if source == "microworld":
-            made = [microworld.questions(task, s, n) for s, n in microworld.COUNTS.items()]
-            own, held, test[task] = (
-                [question(record, f"microworld, {task}") for record in records] for records in made
-            )
-        else:
-            files = {
-                split: (folder / task / name, f"dataset/{task}/{name}" if task in EIGHT else None)
-                for split, name in (("train", "train.json"), ("test", "test.json"))
-            }
-            test[task] = read_questions(*files["test"])
-            if train_file is None:
-                own = read_questions(*files["train"])
-        if own is not None:
-            val[task], train[task] = hold_out(own, held, shots, task)
-    if train_file is not None:
-        path = Path(train_file)
-        joint = path.name == "commonsense_170k.json"
-        own = read_questions(path, f"ft-training_set/{path.name}" if joint else None)
-        val[path.stem], train[path.stem] = hold_out(own, None, shots, train_file)
-    return Questions(train, val, test)
-
-
-def hold_out(
-    own: list[Question], held: list[Question] | None, shots: int | None, task: str
-) -> tuple[list[Question], list[Question]]:
-    """(validation, training) questions: a fifth and the rest, of `shots` or of all."""
-    order = torch.randperm(len(own), generator=torch.Generator().manual_seed(0)).tolist()
-    own = [own[i] for i in order]
-    if shots is None:
-        val = len(held) if held else min(200, len(own) // 5)
-        train = len(own) - (0 if held else val)
-    else:
-        val = min(200, shots // 5)
-        train = shots - val
-    held = held or own[train : train + val]
-    if min(train, val) < 1 or train > len(own) or len(held) < val:
-        raise ValueError(
-            f"{task} has {len(own)} training questions, too few for {train} to train on and "
-            f"{val} to validate with; at least 5 are needed, and as many as --shots asks for"
-        )
-    return held[:val], own[:train]
-
-
-def read_questions(path: Path, address: str | None = None) -> list[Question]:
-    """A file of LLM-Adapters' format; from its repository if it is missing here. Raises OSError."""
-    if not path.is_file() and address is None:
-        raise OSError(f"there is no file {path}")
-    if not path.is_file():
-        try:
-            with urllib.request.urlopen(f"{LLM_ADAPTERS}/{address}", timeout=30) as answer:
-                text = answer.read()
-        except (OSError, ValueError, http.client.HTTPException) as error:
-            raise OSError(
-                f"there is no {path}, and it could not be downloaded ({error}); where there is no "
-                f"network, fetch {LLM_ADAPTERS}/{address} and put it there"
-            ) from error
-        san.write(text, path, save=lambda content, file: file.write_bytes(content))
-    try:
-        records = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # broken JSON or broken UTF-8
-        raise OSError(f"{path} is not JSON ({error}); fetch it again") from error
-    if not isinstance(records, list):
-        raise OSError(f"{path} is not a list of questions")
-    if not records:
-        raise OSError(f"{path} holds no question")
-    return [question(record, f"{path}, example {i}") for i, record in enumerate(records)]
-
-
-def question(record: dict, where: str) -> Question:
-    """One record of LLM-Adapters' format; its own "Answer format" line names the options.
-
-    where: how to call the record in a message. Raises OSError for one that is not whole.
-    """
-    keys = ("instruction", "output", "answer")
-    missing = [
-        k for k in keys if not isinstance(record, dict) or not isinstance(record.get(k), str)
-    ]
-    if missing:
-        raise OSError(f"{where} has no text called '{missing[0]}'")
-    instruction, output, answer = (record[key].strip() for key in keys)
-    if record.get("input"):
-        instruction += f"\n\n{record['input']}"
-    form = re.search(r"Answer format:(.+)$", record["instruction"].strip())
-    if not form:
-        raise OSError(
-            f"{where} does not end with an 'Answer format: …' line that names its options"
-        )
-    options = tuple(option.strip() for option in form[1].split("/"))
-    if len(set(options)) < max(2, len(options)) or "" in options:
-        raise OSError(f"{where} needs two options or more, all different, not '{form[1].strip()}'")
-    if answer not in options:
-        raise OSError(f"{where} has the answer '{answer}', which is not among {', '.join(options)}")
-    if not output.endswith(answer):
-        raise OSError(f"{where} has an output that does not end with its answer '{answer}'")
-    return Question(PROMPT.format(instruction), output, options, options.index(answer))
+    suites = {"vtab": VTAB, "fgvc": FGVC}
+    if name not in suites:
+        raise ValueError(f"suite '{name}' is unknown; choose one of {', '.join(suites)}")
+    left_out = {
+        task: reason
+        for task, (_, reason) in suites[name].items()
+        if reason and not has_splits(Path(data_dir) / task)
+    }
+    return [task for task in suites[name] if task not in left_out], left_out

@@ -23,9 +23,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from tqdm import tqdm
 
-import data as data_sets
+import checkpoints
 import microworld
 import models
+import questions as question_sets
 import san
 import tuning
 
@@ -54,11 +55,11 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     )
     add = p.add_argument
     add("--data", default="microworld", help="or a folder with <task>/train.json and test.json")
-    names = ", ".join(data_sets.EIGHT)
+    names = ", ".join(question_sets.EIGHT)
     add(
         "--tasks",
         nargs="+",
-        default=list(data_sets.EIGHT),
+        default=list(question_sets.EIGHT),
         metavar="TASK",
         help=f"of {names}; corpus: microworld's text itself, for pre-training",
     )
@@ -71,9 +72,9 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
         choices=["likelihood", "generate"],
         help="take the likeliest option, the default, or the first that the model's own text names",
     )
-    tuning.add_flags(p, tuning.METHODS, epochs=5, batch=32)
+    tuning.add_flags(p, list(LEARNING_RATES), epochs=5, batch=32)
     args = p.parse_args(words)
-    tuning.check_flags(p, args)
+    tuning.check_flags(p, args, args.compare)
     args.tasks = list(dict.fromkeys(args.tasks))
     corpus = args.tasks == ["corpus"]
     if "corpus" in args.tasks and (not corpus or args.data != "microworld" or args.compare):
@@ -97,17 +98,17 @@ def main() -> None:
 # ------------------------------------------------------------------------------ model, tokenizer
 
 
-def load_model(args: argparse.Namespace) -> tuple[models.LLaMA, data_sets.Tokenizer]:
+def load_model(args: argparse.Namespace) -> tuple[models.LLaMA, question_sets.Tokenizer]:
     """The base model with its weights, on the device, and the tokenizer that goes with it."""
     torch.manual_seed(args.seed)  # of the weights, where there are none to load
     path, dtype = Path(args.weights or WEIGHTS), getattr(torch, args.dtype)
     if args.weights == "none":
-        tokenizer = data_sets.microworld_tokenizer()
+        tokenizer = question_sets.microworld_tokenizer()
         model = models.LLaMA(len(tokenizer), **models.LLAMA_MICRO)
     elif not path.exists():
         raise OSError(f"--weights: there is no file {path}, and no such folder")
     elif path.is_dir():
-        model, tokenizer = models.load_llama(path, dtype), data_sets.LlamaTokenizer(path)
+        model, tokenizer = checkpoints.load_llama(path, dtype), question_sets.LlamaTokenizer(path)
     else:
         content = san.read(path)
         content = content if isinstance(content, dict) else {}
@@ -142,10 +143,12 @@ def restore(numbers: dict, state: dict[str, Tensor]) -> models.LLaMA:
     return model
 
 
-def tokenizer_of(saved: list[str] | str) -> data_sets.Tokenizer | data_sets.LlamaTokenizer:
+def tokenizer_of(saved: list[str] | str) -> question_sets.Tokenizer | question_sets.LlamaTokenizer:
     """A saved model's tokenizer: the pieces of ours, or the folder of a checkpoint's."""
     is_folder = isinstance(saved, str)
-    return data_sets.LlamaTokenizer(Path(saved)) if is_folder else data_sets.Tokenizer(saved)
+    return (
+        question_sets.LlamaTokenizer(Path(saved)) if is_folder else question_sets.Tokenizer(saved)
+    )
 
 
 # ------------------------------------------------------------------------------------- training
@@ -166,7 +169,9 @@ def token_loss(model: nn.Module, tokens: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits.float(), labels[asked])
 
 
-def encode(question: data_sets.Question, tokenizer: data_sets.Tokenizer) -> tuple[list[int], int]:
+def encode(
+    question: question_sets.Question, tokenizer: question_sets.Tokenizer
+) -> tuple[list[int], int]:
     """Tokens of prompt, answer and end, and where the answer begins.
 
     Both are written together, as a tokenizer may join what stands at the border.
@@ -211,7 +216,7 @@ class Branch(NamedTuple):
 
 
 @functools.cache  # the same questions are scored after every epoch
-def branch(question: data_sets.Question, tokenizer: data_sets.Tokenizer) -> Branch:
+def branch(question: question_sets.Question, tokenizer: question_sets.Tokenizer) -> Branch:
     stem = question.prompt + question.output.removesuffix(question.options[question.answer])
     texts = [stem + option for option in question.options]
     tokens = [tokenizer.encode(text) for text in texts]
@@ -276,14 +281,19 @@ def first_named(text: str, options: Iterable[str]) -> int:
     return min(found)[2] if found else -1
 
 
-def speak(model: nn.Module, tokenizer: data_sets.Tokenizer, question: data_sets.Question) -> str:
+def speak(
+    model: nn.Module, tokenizer: question_sets.Tokenizer, question: question_sets.Question
+) -> str:
     """The model's own answer, the likeliest token each time."""
     prompt = tokenizer.encode(question.prompt)
     return tokenizer.decode(models.generate(model, prompt, ANSWER_TOKENS, tokenizer.end)).strip()
 
 
 def answer(
-    model: nn.Module, questions: list[data_sets.Question], tokenizer: data_sets.Tokenizer, args
+    model: nn.Module,
+    questions: list[question_sets.Question],
+    tokenizer: question_sets.Tokenizer,
+    args,
 ) -> Tensor:
     """A score for every option, questions×(most options); the largest is the model's answer.
 
@@ -312,7 +322,7 @@ def answer(
     return scores
 
 
-def accuracy(scores: Tensor, questions: list[data_sets.Question]) -> float:
+def accuracy(scores: Tensor, questions: list[question_sets.Question]) -> float:
     """Share of right answers, 0 … 1; a tie, as between options none of which is named, is wrong."""
     best = scores.max(1)
     alone = (scores == best.values[:, None]).sum(1) == 1
@@ -329,7 +339,10 @@ def mean(values: Iterable[float]) -> float:
 
 
 def questions_job(
-    questions: data_sets.Questions, model: models.LLaMA, tokenizer: data_sets.Tokenizer, args
+    questions: question_sets.Questions,
+    model: models.LLaMA,
+    tokenizer: question_sets.Tokenizer,
+    args,
 ) -> Job:
     """Answers are learned, options scored. Training examples beyond the context are left out.
 
@@ -367,7 +380,7 @@ def questions_job(
     return Job(loader, validate, read)
 
 
-def corpus_job(tokenizer: data_sets.Tokenizer, args) -> Job:
+def corpus_job(tokenizer: question_sets.Tokenizer, args) -> Job:
     """microworld's documents in a row, cut into windows; every token is to be predicted."""
 
     def windows(count: int, seed: int) -> TensorDataset:
@@ -398,7 +411,7 @@ def corpus_job(tokenizer: data_sets.Tokenizer, args) -> Job:
 # --------------------------------------------------------------------------- what a guess would get
 
 
-def overlap_scores(question: data_sets.Question) -> list[float]:
+def overlap_scores(question: question_sets.Question) -> list[float]:
     """How many of an option's words stand in the question; of true/false, how much is repeated."""
     text = question.prompt.split("### Instruction:")[-1].split("Answer format:")[0]
     if question.options == ("true", "false"):  # is what is asked said before?
@@ -418,7 +431,9 @@ def words(text: str) -> set[str]:
     return set(re.findall(r"\w+", text.lower()))
 
 
-def guesses(train: list[data_sets.Question], asked: list[data_sets.Question]) -> dict[str, float]:
+def guesses(
+    train: list[question_sets.Question], asked: list[question_sets.Question]
+) -> dict[str, float]:
     """Accuracies, 0 … 1, without any understanding, measured on `asked`.
 
     chance: any option; constant: the option that was right most often in training, whatever is
@@ -427,7 +442,7 @@ def guesses(train: list[data_sets.Question], asked: list[data_sets.Question]) ->
     """
     named = Counter(q.options[q.answer] for q in train)
 
-    def share(question: data_sets.Question, scores: list[float]) -> float:
+    def share(question: question_sets.Question, scores: list[float]) -> float:
         best = [i for i, score in enumerate(scores) if score == max(scores)]
         return (question.answer in best) / len(best)
 
@@ -444,12 +459,12 @@ def guesses(train: list[data_sets.Question], asked: list[data_sets.Question]) ->
 
 
 def load_job(
-    args, model: models.LLaMA, tokenizer: data_sets.Tokenizer
-) -> tuple[Job, data_sets.Questions | None]:
+    args, model: models.LLaMA, tokenizer: question_sets.Tokenizer
+) -> tuple[Job, question_sets.Questions | None]:
     """The job, and its questions; the corpus has none."""
     if args.tasks == ["corpus"]:
         return corpus_job(tokenizer, args), None
-    questions = data_sets.load_questions(args.data, args.tasks, args.train_file, args.shots)
+    questions = question_sets.load_questions(args.data, args.tasks, args.train_file, args.shots)
     print(
         f"{args.data}: {sum(map(len, questions.train.values()))} training, "
         f"{sum(map(len, questions.val.values()))} validation and "
@@ -540,8 +555,8 @@ def compare(args: argparse.Namespace) -> None:
     job, _ = load_job(args, model, tokenizer)
     del model
 
-    def row_of(key: dict) -> dict:
-        def train_one(own: argparse.Namespace) -> tuple[nn.Module, dict]:
+    def work(key: dict, journal: tuning.Journal) -> None:
+        def train_one(own: argparse.Namespace, last: bool) -> tuple[nn.Module, dict]:
             model = adapted(load_model(own)[0], own)
             note = f"{own.method} seed {own.seed}"
             return model, tuning.train_and_measure(
@@ -549,10 +564,11 @@ def compare(args: argparse.Namespace) -> None:
             )[1]
 
         rates = LEARNING_RATES[key["method"]]
-        return tuning.search(args, key["method"], rates, train_one, job.read)
+        tuning.search(args, key, rates, train_one, job.read, journal)
 
-    keys = [{"task": task, "model": name, "method": method} for method in tuning.METHODS]
-    tuning.compare(args, Path(args.out or f"runs/compare-{task}-{name}"), keys, row_of)
+    keys = [{"task": task, "model": name, "method": method} for method in LEARNING_RATES]
+    args.out = args.out or f"runs/compare-{task}-{name}"
+    tuning.compare(args, Path(args.out), keys, work)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,13 @@
 """Adapt a pretrained vision backbone with SAN, or with what people use instead, and compare.
 
-Four ways to use it:
+Ways to use it:
     python train_vision.py                              # sprites, shipped weights, two CPU cores
     python train_vision.py --dataset cifar100           # ViT-B/16 from ImageNet, one GPU
-    python train_vision.py --compare --task all         # linear, full, LoRA, SSF and SAN
+    python train_vision.py --dataset vtab --protocol vtab1k --weights imagenet21k   # the paper's
+    python train_vision.py --compare --task all         # linear, full, LoRA, SSF, SAN and more
+    python train_vision.py --ablation                   # what of SAN does what
+    python train_vision.py --table runs/…/results.jsonl # the tables of what has been measured
+    python train_vision.py --plot runs/…                # pictures of runs
     python train_vision.py --evaluate runs/…            # score a saved run again
 """
 
@@ -15,14 +19,21 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-import torchvision
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    RandomSampler,
+    SequentialSampler,
+    TensorDataset,
+)
 from tqdm import tqdm
 
+import checkpoints
 import data as data_sets
 import models
-import san
+import plot
 import sprites
 import tuning
 
@@ -30,18 +41,25 @@ WEIGHTS = Path(__file__).parent / "weights"
 # [us] the grids of --compare; the first is the default, since validation on sprites chose it most
 LEARNING_RATES = {
     "linear": (1e-3, 1e-2, 1e-1),
+    "bias": (1e-3, 5e-3, 2e-2),
+    "vpt": (1e-3, 5e-3, 2e-2),
     "full": (1e-4, 3e-4, 1e-3),
     "lora": (5e-4, 2e-3, 8e-3),
     "ssf": (1e-3, 5e-3, 2e-2),
     "san": (1e-3, 5e-3, 2e-2),
 }
-IMAGENET = {
-    "vit_b16": "ViT_B_16_Weights.IMAGENET1K_V1",
-    "vit_l16": "ViT_L_16_Weights.IMAGENET1K_V1",
-    "convnext_tiny": "ConvNeXt_Tiny_Weights.IMAGENET1K_V1",
-    "convnext_base": "ConvNeXt_Base_Weights.IMAGENET1K_V1",
-    "swin_tiny": "Swin_T_Weights.IMAGENET1K_V1",
-    "swin_base": "Swin_B_Weights.IMAGENET1K_V1",
+SUITES = {"vtab": data_sets.VTAB, "fgvc": data_sets.FGVC}
+# --ablation: what differs from SAN as it is trained by default
+VARIANTS = {
+    "both, shift (SAN)": {},
+    "both": {"shift": False},
+    "feature, shift": {"mode": "feature"},
+    "feature": {"mode": "feature", "shift": False},
+    "propagation, shift": {"mode": "propagation"},
+    "propagation": {"mode": "propagation", "shift": False},
+    "SAN, norms frozen": {"norms": False},
+    "SAN, γ from N(1, 0.02)": {"gamma_std": 0.02},
+    "SAN, authors' wiring": {"wiring": "authors"},
 }
 
 
@@ -51,33 +69,49 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     add = p.add_argument
-    names = ", ".join(data_sets.TORCHVISION)
-    add("--dataset", default="sprites", help=f"sprites, {names}, or a folder with train/, test/")
+    names = ", ".join(["sprites", *data_sets.TORCHVISION, *SUITES])
+    add("--dataset", default="sprites", help=f"{names}, or a folder with train/, test/")
+    add("--protocol", choices=["vtab1k"], help="choose on 200 of 1000 labels, train on all 1000")
     tasks = ["source", *sprites.TASKS, "all"]
-    add("--task", default="shape", choices=tasks, help="of sprites; 'all' with --compare")
-    add("--data-dir", default="data", help="where torchvision's sets are or go")
+    add("--task", default="shape", choices=tasks, help="of sprites; 'all' for tables")
+    add("--data-dir", default="data", help="of torchvision's sets, and folders of other tasks")
     add("--shots", type=tuning.positive, help="labelled pictures in all, a fifth for validation")
     add("--model", nargs="+", choices=list(models.SIZES), help="several with --compare")
-    add("--weights", help="imagenet1k, none, or a model.pt; by default what suits the data set")
+    add("--weights", help="imagenet1k, imagenet21k, none or a file; by default what suits the set")
     add("--shift", default=True, action=argparse.BooleanOptionalAction, help="train β in SAN")
     add("--wiring", default="exact", choices=["exact", "authors"], help="authors: ViT alone")
     add("--image-size", type=tuning.positive, help="by default what the model is made for")
     add("--workers", type=int, help="processes that load pictures")
-    tuning.add_flags(p, list(LEARNING_RATES), epochs=20, batch=32)
+    add("--prompts", type=tuning.positive, default=10, help="of vpt, before every block")
+    add("--ablation", action="store_true", help="SAN's variants compared, as --compare does")
+    add("--table", nargs="+", metavar="FILE", help="results.jsonl files as Markdown tables")
+    add("--plot", nargs="+", metavar="RUN", help="draw runs and comparisons, into --out")
+    tuning.add_flags(p, list(LEARNING_RATES), epochs=None, batch=32)
     args = p.parse_args(words)
     drawn = args.dataset == "sprites"
+    args.epochs = args.epochs or (100 if args.protocol else 20)  # 100: [P, S]
     args.model = args.model or ["vit_micro" if drawn else "vit_b16"]
-    if not args.compare and (len(args.model) > 1 or args.task == "all"):
-        p.error("several models or tasks at once go with --compare")
-    tuning.check_flags(p, args)
+    if args.protocol and args.shots:
+        p.error("--protocol vtab1k says how many pictures are labelled; leave --shots out")
+    if not tabulates(args) and (len(args.model) > 1 or args.task == "all"):
+        p.error("several models or tasks at once go with --compare, --ablation or --protocol")
+    tuning.check_flags(p, args, tabulates(args))
     if args.workers is None:
         args.workers = 0 if drawn else min(8, torch.get_num_threads())
     return args
 
 
+def tabulates(args: argparse.Namespace) -> bool:
+    """Is a table of many runs asked for, with learning rates searched, rather than one run?"""
+    return bool(args.compare or args.ablation or args.protocol or args.dataset in SUITES)
+
+
 def main() -> None:
     args = arguments()
-    work = evaluate_run if args.evaluate else compare if args.compare else run
+    if args.table or args.plot:
+        work = print_tables if args.table else draw
+    else:
+        work = evaluate_run if args.evaluate else compare if tabulates(args) else run
     tuning.guard(work, args)
 
 
@@ -88,7 +122,9 @@ def load_data(args: argparse.Namespace, task: str, model: str) -> data_sets.Data
     size = args.image_size or models.SIZES[model][1]
     if args.dataset == "sprites" and size != sprites.PIXELS:
         raise ValueError(f"sprites are {sprites.PIXELS} px; take a micro model, not {model}")
-    return data_sets.load(args.dataset, task, args.data_dir, size, args.shots)
+    shots = 1000 if args.protocol else args.shots
+    data = data_sets.load(args.dataset, task, args.data_dir, size, shots)
+    return (data_sets.unaugmented(data) if args.protocol else data).to(args.device)
 
 
 def load_model(args: argparse.Namespace, name: str, factors: list[int]) -> nn.Module:
@@ -105,45 +141,28 @@ def load_model(args: argparse.Namespace, name: str, factors: list[int]) -> nn.Mo
             f"no weights are shipped for {name}; pre-train it as weights/README.md says and give "
             "--weights PATH, or give none"
         )
-    if weights == "imagenet1k":
-        state = models.from_torchvision(imagenet1k(name))
-    else:
-        content = san.read(weights)
-        state = content.get("state_dict", content) if isinstance(content, dict) else {}
-        if not state or not all(isinstance(value, Tensor) for value in state.values()):
-            raise ValueError(f"{weights} holds no state dict of a model")
-        if "conv_proj.weight" in state or "features.0.0.weight" in state:
-            state = models.from_torchvision(state)
+    state = checkpoints.backbone_state(weights, name)
     try:
-        models.load_backbone(model, state)
+        checkpoints.load_backbone(model, state)
     except ValueError as error:
         raise ValueError(f"--weights {weights} do not fit {name}: {error}") from error
     return model
 
 
-def imagenet1k(name: str) -> dict[str, Tensor]:
-    if name not in IMAGENET:
-        raise ValueError(
-            f"there are no imagenet1k weights for {name}; take one of {', '.join(IMAGENET)}, "
-            "or give --weights PATH or none"
-        )
-    weights = torchvision.models.get_weight(IMAGENET[name])
-    try:
-        return weights.get_state_dict(progress=True, check_hash=True)
-    except (OSError, RuntimeError) as error:
-        folder = Path(torch.hub.get_dir()) / "checkpoints"
-        raise OSError(
-            f"could not download the imagenet1k weights of {name} ({error}); where there is no "
-            f"network, fetch {weights.url} and put it in {folder}"
-        ) from error
-
-
 def loader(pictures: Dataset, args: argparse.Namespace, shuffle: bool = False) -> DataLoader:
+    """Batches, of what is `Resident` on its device already; larger where nothing is trained."""
+    batch = args.batch_size if shuffle else max(256, args.batch_size)
+    if isinstance(pictures, data_sets.Resident):
+        order = RandomSampler(pictures) if shuffle else SequentialSampler(pictures)
+        sampler = BatchSampler(order, batch, drop_last=False)
+        return DataLoader(pictures, sampler=sampler, batch_size=None)
+    workers = 0 if isinstance(pictures, TensorDataset) else args.workers
     return DataLoader(
         pictures,
-        batch_size=args.batch_size if shuffle else max(256, args.batch_size),
+        batch_size=batch,
         shuffle=shuffle,
-        num_workers=0 if isinstance(pictures, TensorDataset) else args.workers,
+        num_workers=workers,
+        persistent_workers=shuffle and workers > 0,  # starting them takes seconds an epoch
         pin_memory=args.device.type == "cuda",
     )
 
@@ -172,9 +191,9 @@ def outputs_of(function, pictures: Dataset, args, note: str = "") -> tuple[Tenso
     """(function(picture), label) of a whole split, on the CPU; in float32, so that it repeats."""
     results = []
     for inputs, labels in tqdm(loader(pictures, args), desc=note or "scoring", leave=False):
-        results.append((function(prepare(inputs, args.device)).float().cpu(), labels))
+        results.append((function(prepare(inputs, args.device)).float(), labels))
     outputs, labels = zip(*results)
-    return torch.cat(outputs), torch.cat(labels)
+    return torch.cat(outputs).cpu(), torch.cat(labels).cpu()
 
 
 def score(model: nn.Module, pictures: Dataset, factors: list[int], args) -> float:
@@ -191,7 +210,7 @@ def probe(model: nn.Module, data: data_sets.Data, args, note: str) -> tuple[nn.M
     """A linear head on the frozen base: features are computed once, the head trained on them."""
     model.eval()
     splits = [
-        TensorDataset(*outputs_of(model.features, split, args, "features"))
+        split and TensorDataset(*outputs_of(model.features, split, args, "features"))
         for split in (data.plain, data.val)
     ]
     head = copy.deepcopy(model.head).requires_grad_(True)
@@ -201,6 +220,8 @@ def probe(model: nn.Module, data: data_sets.Data, args, note: str) -> tuple[nn.M
 
 
 def train(model, train_split, val_split, factors, args, out, note) -> list[dict]:
+    """tuning.fit on pictures, or on their features; without a val_split nothing is validated."""
+
     def loss_of(model: nn.Module, batch: tuple) -> Tensor:
         inputs, labels = batch
         labels = labels.to(args.device, non_blocking=True)
@@ -209,14 +230,21 @@ def train(model, train_split, val_split, factors, args, out, note) -> list[dict]
     def validate(model: nn.Module) -> float:
         return score(model, val_split, factors, args)
 
-    return tuning.fit(model, loader(train_split, args, True), loss_of, validate, args, out, note)
+    batches, validate = loader(train_split, args, True), validate if val_split else None
+    return tuning.fit(model, batches, loss_of, validate, args, out, note)
 
 
 def adapted_model(args, name: str, factors: list[int]) -> nn.Module:
     """A base model made ready for args.method, on the device. Raises as load_model and attach."""
     model = load_model(args, name, factors)
     tuning.adapt(model, args.method, args)
-    return model.to(args.device)
+    return on_device(model, args.device)
+
+
+def on_device(model: nn.Module, device: torch.device) -> nn.Module:
+    """The model there, on a GPU with channels last in a convolution's weight, as it wants them."""
+    cuda = device.type == "cuda"
+    return model.to(device, memory_format=torch.channels_last if cuda else torch.preserve_format)
 
 
 def train_method(model: nn.Module, data: data_sets.Data, args, out: Path | None, note: str):
@@ -250,7 +278,7 @@ def run(args: argparse.Namespace) -> None:
     base = load_model(args, name, data.factors)
     model = copy.deepcopy(base)
     tuning.adapt(model, args.method, args)  # all that can be refused is, before writing
-    base, model = base.to(args.device), model.to(args.device)
+    base, model = on_device(base, args.device), on_device(model, args.device)
     print(
         f"{set_name}: {len(data.train)} training, {len(data.val)} validation and "
         f"{len(data.test)} test pictures, {sum(data.factors)} classes"
@@ -284,7 +312,9 @@ def evaluate_run(args: argparse.Namespace) -> None:
     name = saved.model[0]
     data = load_data(saved, saved.task, name)
     model = models.build(name, sum(factors), size)
-    models.load_backbone(model, state, head=True)
+    if saved.method == "vpt":  # the one method whose merged model is not the base model's kind
+        tuning.adapt(model, "vpt", saved)
+    checkpoints.load_backbone(model, state, head=True)
     model.to(args.device)
     print(f"test accuracy of {path}  {100 * score(model, data.test, data.factors, saved):.2f} %")
 
@@ -293,44 +323,93 @@ def evaluate_run(args: argparse.Namespace) -> None:
 
 
 def compare(args: argparse.Namespace) -> None:
-    """Every method on every task and model, learning rates chosen on validation; one table.
+    """Methods on tasks and models, learning rates chosen on validation; two tables.
 
-    The search trains with seed 0 at each rate of the method's grid; the best by validation is
-    scored on the test split, and again with the other seeds.
+    The methods are args.method, all with --compare, and with --ablation SAN's variants. With
+    --protocol, what was validated on is trained on as well once the learning rate is chosen.
     """
-    tasks = [args.task]
-    if args.task == "all" and args.dataset == "sprites":
-        tasks = sprites.TASKS
-    task_of = {name_of(args, task): task for task in tasks}
+    sets = tasks_of(args)
+    methods = VARIANTS if args.ablation else LEARNING_RATES if args.compare else [args.method]
     keys = [
-        {"task": task, "model": name, "method": method}
+        {"task": task, "model": name, "method": method, "group": group}
         for name in args.model
-        for task in task_of
-        for method in LEARNING_RATES
+        for task, (_, group) in sets.items()
+        for method in methods
+        if models.SIZES[name][0] is models.ViT or method not in ("vpt", "SAN, authors' wiring")
     ]
+    for method in methods:
+        grid = [args.lr] if args.lr else LEARNING_RATES["san" if args.ablation else method]
+        print(f"learning rates for {method}: {', '.join(f'{rate:g}' for rate in grid)}")
 
     @functools.lru_cache(maxsize=1)
     def load(task: str, name: str) -> data_sets.Data:
-        return load_data(args, task_of[task], name)
+        own = sets[task][0]
+        data = load_data(own, own.task, name)
+        print(f"{task}: {len(data.train)} + {len(data.val)} labelled, {len(data.test)} to test")
+        return data
 
-    def row_of(key: dict) -> dict:
-        data = load(key["task"], key["model"])
-        return compare_one(args, data, key["model"], key["method"])
+    def work(key: dict, journal: tuning.Journal) -> None:
+        variant = VARIANTS[key["method"]] | {"method": "san"} if args.ablation else {}
 
-    tuning.compare(args, Path(args.out or f"runs/compare-{name_of(args, args.task)}"), keys, row_of)
+        def train_one(own: argparse.Namespace, last: bool) -> tuple[nn.Module, dict]:
+            data = load(key["task"], key["model"])
+            if last and args.protocol:
+                data = data_sets.whole(data)
+            own = argparse.Namespace(**vars(own) | variant)
+            model = adapted_model(own, key["model"], data.factors)
+            note = f"{key['model']} {key['method']} seed {own.seed}"
+            return model, train_method(model, data, own, None, note)[1]
+
+        def read(model: nn.Module) -> tuple[Tensor, dict]:
+            return read_test(model, load(key["task"], key["model"]), args)
+
+        grid = LEARNING_RATES["san" if args.ablation else key["method"]]
+        tuning.search(args, key, grid, train_one, read, journal, again=bool(args.protocol))
+
+    kind = args.protocol or ("ablation" if args.ablation else "compare")
+    args.out = args.out or f"runs/{kind}-{name_of(args, args.task)}"
+    tuning.compare(args, Path(args.out), keys, work)
 
 
-def compare_one(args, data: data_sets.Data, name: str, method: str) -> dict:
-    """tuning.search for one method, with this script's model, training and scores."""
+def tasks_of(args: argparse.Namespace) -> dict[str, tuple[argparse.Namespace, str | None]]:
+    """What the tables call a task → the flags that load it, and the group it is averaged with."""
+    names, left_out = [args.dataset], {}
+    if args.dataset in SUITES:
+        names, left_out = data_sets.suite(args.dataset, args.data_dir)
+    for name, reason in left_out.items():
+        print(
+            f"left out: {name}, {reason}; as a folder {Path(args.data_dir) / name}/ it takes part"
+        )
+    groups = SUITES.get(args.dataset, data_sets.VTAB if args.protocol else {})
+    tasks = sprites.TASKS if args.dataset == "sprites" and args.task == "all" else [args.task]
+    sets = [
+        argparse.Namespace(**vars(args) | {"dataset": n, "task": t}) for n in names for t in tasks
+    ]
+    return {name_of(s, s.task): (s, groups.get(s.dataset, (None,))[0]) for s in sets}
 
-    def train_one(own: argparse.Namespace) -> tuple[nn.Module, dict]:
-        model = adapted_model(own, name, data.factors)
-        note = f"{name} {own.method} seed {own.seed}"
-        return model, train_method(model, data, own, None, note)[1]
 
-    return tuning.search(
-        args, method, LEARNING_RATES[method], train_one, lambda model: read_test(model, data, args)
-    )
+def print_tables(args: argparse.Namespace) -> None:
+    """The tables of what --compare, --ablation and --protocol left in files args.table."""
+    for path in args.table:
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"there is no file {path}; give results.jsonl of a comparison")
+    lines = [line for path in args.table for line in tuning.read_results(Path(path))]
+    print(tuning.tables(lines))
+
+
+# ------------------------------------------------------------------------------------- pictures
+
+
+def draw(args: argparse.Namespace) -> None:
+    """PNGs of the runs args.plot, in args.out or beside the first of them."""
+
+    def base_of(config: dict) -> dict[str, Tensor]:
+        saved = argparse.Namespace(**config)
+        return load_model(saved, saved.model[0], factors=[1]).state_dict()
+
+    runs = [Path(run) for run in args.plot]
+    for path in plot.draw(runs, Path(args.out or runs[0]), base_of):
+        print(f"saved {path}")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import shlex
+import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -22,7 +23,7 @@ from tqdm import tqdm
 import models
 import san
 
-METHODS = ("linear", "full", "lora", "dora", "ssf", "san", "san+lora", "san+dora")
+METHODS = ("linear", "bias", "full", "vpt", "lora", "dora", "ssf", "san", "san+lora", "san+dora")
 
 # --------------------------------------------------------------------------------------- methods
 
@@ -97,29 +98,64 @@ class DoRALayer(LoRALayer):
         return self.ratio()[:, None] * super().weight_now()
 
 
+class PromptedBlock(nn.Module):
+    """A frozen ViT block that reads p trained tokens beside the picture's: VPT-deep.
+
+    x: B×N×C, the class token first; the prompts, p×C, stand after it, and in place of those of the
+    block before. Their first values are uniform, Xavier's for a patch (Jia et al. 2022). A prompt
+    cannot be merged: the adapted model stays slower than its base.
+    """
+
+    def __init__(self, block: nn.Module, prompts: int, patch: nn.Conv2d, first: bool):
+        super().__init__()
+        self.block = block
+        self.prompts = nn.Parameter(patch.weight.new_empty(prompts, len(patch.weight)))
+        self.first = first
+        bound = math.sqrt(6 / (patch.weight[0].numel() + len(patch.weight)))
+        nn.init.uniform_(self.prompts, -bound, bound)
+
+    def forward(self, x: Tensor) -> Tensor:
+        patches = x[:, 1 if self.first else 1 + len(self.prompts) :]
+        return self.block(torch.cat([x[:, :1], self.prompts.expand(len(x), -1, -1), patches], 1))
+
+
 def adapt(model: nn.Module, method: str, args: argparse.Namespace) -> None:
     """Freeze what `method` does not train and add what it does.
 
     linear: the head, and a LLaMA's last norm (where head and embedding are one matrix, that);
-    full: all; san, ssf: γ (and β) of the linked layers and the norms [C], ssf being feature
-    scaling alone with a shift [S]; lora, dora: an update of low rank on the linked layers, of a
+    bias: the biases; full: all; vpt: args.prompts tokens before every block of a ViT;
+    san, ssf: γ (and β) of the linked layers and, with args.norms, the norms [C], ssf being feature
+    scaling alone with a shift [S]; SAN's γ start at 1, or normally distributed around it with
+    args.gamma_std; lora, dora: an update of low rank on the linked layers, of a
     LLaMA on its LOW_RANK layers; san+lora, san+dora [P]: that update inside SAN's two diagonals,
     which act on the updated weight [us]. The rank is args.rank and α equals it [us]. dora and the
     last two are for nn.Linear alone.
     A classifier's new head is trained by every method; a LLaMA's head is pre-trained, as the rest.
+    Raises ValueError for vpt on another model than a ViT.
     """
     links = model.links(args.wiring)
     is_llama = isinstance(model, models.LLaMA)
     norm_types = (nn.LayerNorm, models.RMSNorm)
-    norms = [name for name, m in model.named_modules() if isinstance(m, norm_types)]
+    norms = [name for name, m in model.named_modules() if isinstance(m, norm_types) and args.norms]
     head = [] if is_llama else ["head"]
     model.requires_grad_(method == "full")
     for name in ("norm", "head") if is_llama and method == "linear" else head:
         model.get_submodule(name).requires_grad_(True)
     if method.startswith("san"):
         san.attach(model, links, mode=args.mode, shift=args.shift, trainable=[*norms, *head])
+        for layer in model.modules():
+            if isinstance(layer, san.SANLayer) and layer.gamma is not None:
+                nn.init.normal_(layer.gamma, 1.0, args.gamma_std)
     elif method == "ssf":
         san.attach(model, links, mode="feature", shift=True, trainable=[*norms, *head])
+    elif method == "bias":
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name.endswith(".bias") or parameter.requires_grad)
+    elif method == "vpt":
+        if not isinstance(model, models.ViT):
+            raise ValueError(f"vpt prompts a ViT's tokens, and this is a {type(model).__name__}")
+        for i, block in enumerate(model.blocks):
+            model.blocks[i] = PromptedBlock(block, args.prompts, model.patch_embed, i == 0)
     kind = method.removeprefix("san+")
     if kind in ("lora", "dora"):
         layer_type = LoRALayer if kind == "lora" else DoRALayer
@@ -131,7 +167,7 @@ def adapt(model: nn.Module, method: str, args: argparse.Namespace) -> None:
 
 
 def fold(model: nn.Module) -> None:
-    """Make plain layers of whatever `adapt` added; nothing to do for linear and full."""
+    """Make plain layers of whatever `adapt` added, but for vpt's prompts, which stay."""
     for name, module in list(model.named_modules()):  # updates first: they are inside SAN layers
         if isinstance(module, LoRALayer):
             model.set_submodule(name, module.merged())
@@ -155,9 +191,11 @@ def count(model: nn.Module) -> tuple[int, int]:
 
 def add_flags(p: argparse.ArgumentParser, methods: Iterable[str], epochs: int, batch: int) -> None:
     """The flags that every training script has."""
-    add = p.add_argument
+    add, yes_no = p.add_argument, argparse.BooleanOptionalAction
     add("--method", default="san", choices=methods)
     add("--mode", default="both", choices=san.MODES, help="SAN's ablation")
+    add("--norms", default=True, action=yes_no, help="train the norms with san and ssf")
+    add("--gamma-std", type=float, default=0.0, help="SAN's γ start at 1 ± this")
     add("--rank", type=positive, default=8, help="of LoRA and DoRA")
     add("--epochs", type=positive, default=epochs)
     add("--batch-size", type=positive, default=batch)
@@ -166,7 +204,8 @@ def add_flags(p: argparse.ArgumentParser, methods: Iterable[str], epochs: int, b
     add("--warmup-epochs", type=float, help="by default a tenth of the epochs")
     add("--seed", type=int, default=0, help="0 … 9999")
     add("--device", default="auto", help="cpu, cuda, …")
-    add("--amp", action=argparse.BooleanOptionalAction, help="bfloat16 autocast; on where fast")
+    add("--amp", action=yes_no, help="bfloat16 autocast; by default on a GPU that has it")
+    add("--compile", action="store_true", help="torch.compile the training step's model")
     add("--out", help="default: runs/<data>-<model>-<method>-seed<k>")
     add("--resume", action="store_true", help="go on from the last checkpoint in --out")
     add("--evaluate", metavar="RUN", help="score a saved run again, train nothing")
@@ -174,10 +213,13 @@ def add_flags(p: argparse.ArgumentParser, methods: Iterable[str], epochs: int, b
     add("--seeds", type=positive, default=3, help="of --compare")
 
 
-def check_flags(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Fill in what add_flags leaves open; a combination without a sense ends the program."""
-    if args.compare and (args.resume or args.seed):
-        p.error("--compare takes --seeds, the number of them, and goes on by itself")
+def check_flags(p: argparse.ArgumentParser, args: argparse.Namespace, many: bool) -> None:
+    """Fill in what add_flags leaves open; a combination without a sense ends the program.
+
+    many: whether the flags ask for a table of runs rather than one.
+    """
+    if many and (args.resume or args.seed):
+        p.error("a comparison takes --seeds, the number of them, and goes on by itself")
     if not 0 <= args.seed < 10_000:
         p.error("--seed must lie in 0 … 9999")
     if args.lr is not None and not 0 < args.lr < float("inf"):
@@ -186,6 +228,8 @@ def check_flags(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         args.warmup_epochs = args.epochs / 10
     if not (0 <= args.warmup_epochs <= args.epochs and 0 <= args.weight_decay < float("inf")):
         p.error("--warmup-epochs must lie in 0 … --epochs, and --weight-decay be 0 or more")
+    if not 0 <= args.gamma_std < float("inf"):
+        p.error("--gamma-std must be 0 or more")
 
 
 def positive(word: str) -> int:
@@ -230,7 +274,7 @@ def fit(
     model: nn.Module,
     loader: Iterable,
     loss_of: Callable[[nn.Module, tuple], Tensor],
-    validate: Callable[[nn.Module], float],
+    validate: Callable[[nn.Module], float] | None,
     args: argparse.Namespace,
     out: Path | None = None,
     note: str = "",
@@ -238,7 +282,8 @@ def fit(
 ) -> list[dict]:
     """Train what requires a gradient with AdamW, a warm-up and a cosine; one record an epoch.
 
-    loss_of(model, batch): the mean loss of a batch; validate(model): accuracy 0 … 1.
+    loss_of(model, batch): the mean loss of a batch; validate(model): accuracy 0 … 1, or None where
+    all labelled data are trained on.
     unit: what a batch holds, for the bar and the speed.
     out: folder for checkpoint.pt, written after every epoch, which is then reported in a line;
     args.resume continues from it.
@@ -259,6 +304,7 @@ def fit(
     if checkpoint and args.resume:
         history = resume(checkpoint, model, optimizer, args)
     steps, warmup = args.epochs * len(loader), round(args.warmup_epochs * len(loader))
+    step_model = torch.compile(model) if args.compile else model
     for epoch in range(len(history), args.epochs):
         torch.manual_seed(args.seed * 100_003 + epoch)
         model.train()
@@ -270,7 +316,7 @@ def fit(
                 for group in optimizer.param_groups:
                     group["lr"] = rate
                 with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
-                    loss = loss_of(model, batch)
+                    loss = loss_of(step_model, batch)
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
@@ -282,7 +328,8 @@ def fit(
                 bar.update(len(batch[0]))
         seconds = time.perf_counter() - started
         require_finite(running.item(), parameters, epoch, rate, checkpoint)
-        record = {"epoch": epoch + 1, "loss": running.item() / seen, "val": validate(model)}
+        val = validate(model) if validate else None
+        record = {"epoch": epoch + 1, "loss": running.item() / seen, "val": val}
         history.append(record | {"seconds": seconds, f"{unit}_per_second": seen / seconds})
         if checkpoint:
             content = {"settings": settings(args), "history": history}
@@ -310,7 +357,17 @@ def require_finite(
 
 def settings(args: argparse.Namespace) -> dict:
     """The settings that decide a run's numbers; where it writes and how it loads do not."""
-    free = ("out", "resume", "device", "workers", "data_dir", "evaluate", "compare")
+    free = (
+        "out",
+        "resume",
+        "device",
+        "workers",
+        "data_dir",
+        "evaluate",
+        "compare",
+        "table",
+        "plot",
+    )
     return {key: value for key, value in vars(args).items() if key not in free}
 
 
@@ -364,8 +421,8 @@ def guard(work: Callable[[argparse.Namespace], None], args: argparse.Namespace) 
     except KeyboardInterrupt:
         words = ["python", *(word for word in sys.argv if word != "--resume")]
         checkpoint = Path(args.out or "") / "checkpoint.pt"
-        if args.compare:
-            kept = f"every finished method is kept; to go on: {shlex.join(words)}"
+        if (Path(args.out or "") / "results.jsonl").is_file():
+            kept = f"every finished run is kept; to go on: {shlex.join(words)}"
         elif args.evaluate or not checkpoint.is_file():
             kept = "nothing was finished yet, start again with the same command"
         else:
@@ -554,98 +611,175 @@ def write_json_lines(records: list[dict], path: Path) -> None:
     write_text("".join(json.dumps(record) + "\n" for record in records), path)
 
 
-def search(
-    args: argparse.Namespace,
-    method: str,
-    rates: Iterable[float],
-    train: Callable[[argparse.Namespace], tuple[nn.Module, dict]],
-    read: Callable[[nn.Module], tuple[Tensor, dict]],
-) -> dict:
-    """Choose one method's learning rate on validation, then train and score it with every seed.
+class Journal:
+    """A file of results, one JSON line a run; what is in it need not be done again.
 
-    rates: those to choose from; args.lr, if given, is the only one.
-    train(args): a model and its figures, at args.lr and args.seed; read: as for `score_and_merge`.
-    Every rate is tried with seed 0; the best by validation is scored on the test split, then the
-    other seeds. A rate at which the loss does not stay finite is out, and recorded as None.
+    A line holds a run's task, model and method, its part (search: a learning rate tried, or test:
+    scored on the test split), lr, seed, its figures, and the options it was made with. Lines are
+    only ever appended, so that several commands can write to one file at once.
     """
 
-    def trained(rate: float, seed: int) -> tuple[nn.Module, dict]:
-        own = vars(args) | {"method": method, "lr": rate, "seed": seed}
-        model, figures = train(argparse.Namespace(**own))
+    def __init__(self, path: Path, options: dict):
+        """options: what lines must have been made with to count here.
+
+        Raises OSError if the file is broken or its folder cannot be made.
+        """
+        self.path, self.options, self.lines = path, options, read_results(path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OSError(f"could not write {path}: {error.strerror}") from error
+
+    def find(self, key: dict) -> list[dict]:
+        """The lines that hold all of `key`, and were made with these options."""
+        key = key | {"options": self.options}
+        return [line for line in self.lines if key.items() <= line.items()]
+
+    def add(self, line: dict) -> dict:
+        """Append a line, with the options. Raises OSError if it cannot be written."""
+        line = line | {"options": self.options}
+        with self.path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        self.lines.append(line)
+        return line
+
+
+def read_results(path: Path) -> list[dict]:
+    """The lines of a Journal's file; none if it is not there. Raises OSError if it is broken."""
+    try:
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        needed = {"task", "model", "method", "part", "lr", "seed", "val", "options"}
+        if any(needed - line.keys() for line in lines):
+            raise ValueError("a line lacks entries")
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except (ValueError, AttributeError) as error:
+        raise OSError(f"{path} is broken ({error}); move it away and start again") from error
+    return lines
+
+
+def search(
+    args: argparse.Namespace,
+    key: dict,
+    rates: Iterable[float],
+    train: Callable[[argparse.Namespace, bool], tuple[nn.Module, dict]],
+    read: Callable[[nn.Module], tuple[Tensor, dict]],
+    journal: Journal,
+    again: bool = False,
+) -> None:
+    """Choose a method's learning rate on validation, then train and score it with every seed.
+
+    key: the task, model and method; rates: those to choose from; args.lr, if given, is the only
+    one. train(args, last): a model and its figures, at args.lr and args.seed; last is False while
+    rates are tried. read: as for `score_and_merge`.
+    Every rate is tried with seed 0; the best by validation is scored on the test split, then the
+    other seeds; again: the best is trained anew with seed 0 too, since its last training differs.
+    A rate at which the loss does not stay finite is out, and recorded with val None.
+    """
+
+    def trained(rate: float, seed: int, last: bool) -> tuple[nn.Module, dict]:
+        own = vars(args) | {"method": key["method"], "lr": rate, "seed": seed}
+        model, figures = train(argparse.Namespace(**own), last)
         model.zero_grad()  # the best is kept while others train: without its gradients
-        print(f"  validation {100 * figures['val']:.1f} %", flush=True)
+        if figures["val"] is not None:
+            print(f"  validation {100 * figures['val']:.1f} %", flush=True)
         return model, figures
 
-    best, tried = None, {}
-    rates = [args.lr] if args.lr else rates
-    for rate in rates:
-        try:
-            model, figures = trained(rate, seed=0)
-        except FloatingPointError as error:
-            tried[f"{rate:g}"] = None
-            print(f"  {error}")
+    kept, tried = None, {}
+    for rate in [args.lr] if args.lr else rates:
+        run = key | {"part": "search", "lr": rate, "seed": 0}
+        if not (lines := journal.find(run)):
+            try:
+                model, figures = trained(rate, 0, last=False)
+            except FloatingPointError as error:
+                model, figures = None, {"val": None}
+                print(f"  {error}")
+            lines = [journal.add(run | figures)]
+            if figures["val"] is not None and figures["val"] > max(tried.values(), default=-1):
+                kept = rate, model, figures
+        if lines[0]["val"] is not None:
+            tried[rate] = lines[0]["val"]
+    if not tried:
+        raise FloatingPointError(f"{key['method']} stayed finite at no learning rate of {rates}")
+    rate = max(tried, key=tried.get)
+    for seed in range(args.seeds):
+        run = key | {"part": "test", "lr": rate, "seed": seed}
+        if journal.find(run):
             continue
-        tried[f"{rate:g}"] = figures["val"]
-        if best is None or figures["val"] > best[2]["val"]:
-            best = rate, model, figures
-    if best is None:
-        raise FloatingPointError(f"{method} stayed finite at none of the learning rates {rates}")
-    rate, model, figures = best
-    results = [figures | score_and_merge(model, read)]
-    for seed in range(1, args.seeds):
-        model, figures = trained(rate, seed)
-        results.append(figures | score_and_merge(model, read))
-    return {"lr": rate, "tried": tried, "runs": results}
+        if seed == 0 and kept and kept[0] == rate and not again:
+            _, model, figures = kept
+        else:
+            model, figures = trained(rate, seed, last=True)
+        journal.add(run | figures | score_and_merge(model, read))
 
 
 def compare(
-    args: argparse.Namespace, out: Path, keys: list[dict], row_of: Callable[[dict], dict]
+    args: argparse.Namespace, out: Path, keys: list[dict], work: Callable[[dict, Journal], None]
 ) -> None:
-    """One table: row_of(key), a row of `search`, for every key: task, model and method.
+    """Tables of work(key, journal), a `search`, for every key: task, model and method.
 
-    What is done is kept in results.jsonl and not done again by the same command.
+    What is done is kept in results.jsonl, run by run, and not done again by the same command.
     """
-    path, done = out / "results.jsonl", []
-    if path.exists():
-        try:
-            done = [json.loads(line) for line in path.read_text().splitlines()]
-            done = [row for row in done if row["options"] and row["runs"]]
-        except (ValueError, TypeError, KeyError) as error:
-            raise OSError(f"{path} is broken; move it away and start again") from error
-    options = settings(args) | {"task": None, "model": None, "method": None}
+    options = settings(args) | dict.fromkeys(("task", "dataset", "model", "method", "seeds"))
+    journal = Journal(out / "results.jsonl", options)
     for key in keys:
-        if any(row["options"] == options and key.items() <= row.items() for row in done):
-            continue
-        done.append(key | row_of(key) | {"options": options})
-        write_json_lines(done, path)
+        work(key, journal)
+    lines = [line for key in keys for line in journal.find(key) if line["seed"] < args.seeds]
     command = shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
-    text = f"`{command}`\n\n{table([row for row in done if row['options'] == options])}"
+    text = f"`{command}`\n\n{tables(lines)}"
     write_text(text, out / "table.md")
     print(f"\n{text}\nsaved {out / 'table.md'}")
 
 
-def table(rows: list[dict]) -> str:
-    """One Markdown row for each row of `search`, with its task, model and method."""
-    lines = []
-    for row in rows:
-        runs = row["runs"]
-        same = min(run["merge_same"] for run in runs)
-        gap = max(run["merge_difference"] for run in runs)
-        lines.append(
-            {
-                "model": row["model"],
-                "task": row["task"],
-                "method": row["method"],
-                **{k: spread([run["parts"][k] for run in runs]) for k in runs[0].get("parts", [])},
-                "test accuracy, %": spread([run["test"] for run in runs]),
-                "trained": f"{runs[0]['trainable']:,} ({runs[0]['percent']:.2f} %)",
-                "lr": f"{row['lr']:g}",
-                "s/epoch": f"{min(run['seconds'] for run in runs):.2f}",
-                "peak MB": f"{max(run['memory'] for run in runs):.0f}",
-                "merged = adapted": f"{100 * same:.1f} %, {gap:.0e}",
-            }
-        )
-    return markdown(lines)
+def tables(lines: list[dict]) -> str:
+    """Two Markdown tables of a Journal's lines: a row for each method, and for each task of it.
+
+    The first has the mean over all tasks, and over those of each group if the lines name groups;
+    it stays empty for a method that lacks one of them. Runs with other options have rows of their
+    own, which name what differs. Raises ValueError if no run is scored.
+    """
+    lines = [line for line in lines if line["part"] == "test"]
+    if not lines:
+        raise ValueError("there is no scored run to tabulate")
+    options = [line["options"] for line in lines]
+    differ = [k for k in options[0] if any(own.get(k) != options[0][k] for own in options)]
+    runs: dict[tuple, dict[str, list[dict]]] = {}  # model and method → task → seeds
+    for line in lines:
+        own = [f"{key} {line['options'].get(key)}" for key in differ]
+        by_task = runs.setdefault((line["model"], ", ".join([line["method"], *own])), {})
+        by_task.setdefault(line["task"], []).append(line)
+    group_of = {line["task"]: line.get("group") for line in lines}
+    means = {group: [t for t in group_of if group_of[t] == group] for group in group_of.values()}
+    means = {g: own for g, own in means.items() if g} | {"mean": list(group_of)}
+    short, long = [], []
+    for (model, method), by_task in runs.items():
+        accuracies = {task: [run["test"] for run in own] for task, own in by_task.items()}
+        first = next(iter(by_task.values()))[0]
+        row = {"model": model, "method": method, "trained": f"{first['percent']:.2f} %"}
+        row |= {t: spread(accuracies[t]) if t in accuracies else "" for t in group_of}
+        for name, own in means.items():
+            whole = all(task in accuracies for task in own)
+            each = [statistics.mean(accuracies[task]) for task in own] if whole else []
+            row[name] = f"{100 * statistics.mean(each):.1f}" if whole else ""
+        short.append(row)
+        long += [detail(own) | {"method": method} for own in by_task.values()]
+    return markdown(short) + "\n" + markdown(long)
+
+
+def detail(runs: list[dict]) -> dict[str, str]:
+    """The columns of one method on one task: `runs` are its scored seeds."""
+    same = min(run["merge_same"] for run in runs)
+    gap = max(run["merge_difference"] for run in runs)
+    return {
+        **{name: runs[0][name] for name in ("model", "task", "method")},
+        **{k: spread([run["parts"][k] for run in runs]) for k in runs[0].get("parts", [])},
+        "test accuracy, %": spread([run["test"] for run in runs]),
+        "trained": f"{runs[0]['trainable']:,} ({runs[0]['percent']:.2f} %)",
+        "lr": f"{runs[0]['lr']:g}",
+        "s/epoch": f"{min(run['seconds'] for run in runs):.2f}",
+        "peak MB": f"{max(run['memory'] for run in runs):.0f}",
+        "merged = adapted": f"{100 * same:.1f} %, {gap:.0e}",
+    }
 
 
 def markdown(rows: list[dict]) -> str:

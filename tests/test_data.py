@@ -1,4 +1,7 @@
-"""data.py: sprites ask what they say they ask, and real sets arrive with the right labels."""
+"""data.py: sprites ask what they say they ask, and real sets arrive with the right labels.
+
+Batches made in memory are what torchvision's transforms make of single pictures.
+"""
 
 import hashlib
 import json
@@ -8,6 +11,7 @@ import re
 import sys
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +21,15 @@ import pytest
 import torch
 import torchvision.datasets
 from PIL import Image
-from torch.utils.data import TensorDataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    RandomSampler,
+    SequentialSampler,
+    TensorDataset,
+)
+from torchvision.transforms import v2
 
 import data
 import sprites
@@ -42,8 +54,9 @@ def loaded(task: str) -> data.Data:
     return data.load("sprites", task=task, source_size=3000)
 
 
-def tensors(split: TensorDataset) -> tuple[torch.Tensor, torch.Tensor]:
-    return split.tensors
+def tensors(split: data.Resident) -> tuple[torch.Tensor, torch.Tensor]:
+    assert split.size == 32 and split.augment is None
+    return split.pictures, split.labels
 
 
 @pytest.mark.parametrize(
@@ -283,6 +296,138 @@ def test_inputs_are_scaled_by_imagenets_mean_and_deviation():
     assert torch.allclose(white, torch.tensor([2.2489, 2.4286, 2.6400]), atol=1e-3)
 
 
+# ----------------------------------------------------------------------------- pictures in memory
+
+
+def noise(count: int, height: int = 32, width: int = 32) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(256, (count, 3, height, width), generator=generator, dtype=torch.uint8)
+
+
+def in_memory(count: int = 20, size: int = 32, augment: str | None = None) -> data.Resident:
+    """Noise, the labels two factors: a picture's number and the one after it."""
+    numbers = torch.arange(count)
+    return data.Resident(noise(count), torch.stack([numbers, numbers + 1], 1), size, augment)
+
+
+def batches(resident: data.Resident, sampler: type) -> DataLoader:
+    order = BatchSampler(sampler(resident), 8, False)
+    return DataLoader(resident, sampler=order, batch_size=None)
+
+
+def grey_levels(one: torch.Tensor, other: torch.Tensor) -> int:
+    """The largest difference between two pictures of the same size."""
+    assert one.dtype == other.dtype == torch.uint8 and one.shape == other.shape
+    return (one.int() - other.int()).abs().max().item()
+
+
+@pytest.mark.parametrize("sampler, shuffle", [(RandomSampler, True), (SequentialSampler, False)])
+def test_batches_in_memory_are_those_of_a_dataset_of_single_pictures(sampler, shuffle):
+    resident = in_memory()
+    single = DataLoader(TensorDataset(resident.pictures, resident.labels), 8, shuffle)
+    whole = batches(resident, sampler)
+    assert len(whole) == len(single) == 3 and len(whole.dataset) == 20
+    seen = []
+    for loader in (single, whole):
+        torch.manual_seed(4)
+        seen.append([batch for _ in range(2) for batch in loader] + [torch.rand(1)])
+    for expected, found in zip(*seen, strict=True):
+        assert all(map(torch.equal, expected, found))
+
+
+def test_crops_lie_in_the_picture_and_have_the_area_and_aspect_they_should():
+    left, top, width, height = boxes = data.crops(5000).T
+    assert boxes.min() >= 0 and (left + width).max() < 1.00001 and (top + height).max() < 1.00001
+    area, aspect = width * height, width / height
+    assert area.min() > 0.69999 and area.max() < 1.00001
+    assert aspect.min() > 0.74999 and aspect.max() < 1.33334
+    assert area.min() < 0.71 and area.max() > 0.99 and aspect.log().mean().abs() < 0.02
+    assert left.mean().sub(top.mean()).abs() < 0.01 and (left + width / 2 - 0.5).mean().abs() < 0.01
+
+
+EVERYTHING = torch.tensor([[0.0, 0.0, 1.0, 1.0]])
+
+
+@pytest.mark.parametrize("size", [32, 40, 64])
+def test_a_crop_of_the_whole_picture_is_its_resize_and_a_flip_mirrors_it(size):
+    pictures, boxes = noise(4), EVERYTHING.expand(4, 4)
+    flips = torch.tensor([False, True, False, True])
+    seen = data.cut_out(pictures, data.view(boxes, flips), size)
+    expected = data.resize(pictures, size)
+    assert grey_levels(seen[~flips], expected[~flips]) <= 1
+    assert grey_levels(seen[flips], expected[flips].flip(3)) <= 1
+
+
+def test_a_crop_shows_what_lies_in_its_box_for_every_picture_its_own():
+    pictures = noise(3)
+    corners = [(8, 4), (0, 16), (16, 0)]  # from the left, from the top
+    boxes = torch.tensor([[left / 32, top / 32, 0.5, 0.5] for left, top in corners])
+    seen = data.cut_out(pictures, data.view(boxes, torch.zeros(3, dtype=torch.bool)), 16)
+    for picture, shown, (left, top) in zip(pictures, seen, corners):
+        assert torch.equal(shown, picture[:, top : top + 16, left : left + 16])
+
+
+@pytest.mark.parametrize("size", [16, 24, 32, 48, 224])
+def test_a_resize_is_torchvisions(size):
+    pictures = noise(2, height=32, width=40)
+    theirs = v2.Compose([v2.ToPILImage(), v2.Resize((size, size)), v2.PILToTensor()])
+    expected = torch.stack([theirs(picture) for picture in pictures])
+    resident = data.Resident(pictures, torch.zeros(2, 1), size)
+    assert grey_levels(resident[[0, 1]][0], expected) <= 1
+
+
+@pytest.mark.parametrize("augment", [None, "crop", "crop+flip"])
+def test_labels_stay_with_their_pictures(augment):
+    resident = in_memory(40, 48, augment)
+    resident.pictures = torch.arange(40, dtype=torch.uint8).view(40, 1, 1, 1).repeat(1, 3, 32, 32)
+    for pictures, labels in batches(resident, RandomSampler):
+        assert pictures.shape[1:] == (3, 48, 48) and pictures.dtype == torch.uint8
+        assert (pictures == labels[:, 0].view(-1, 1, 1, 1)).all()
+        assert torch.equal(labels[:, 1], labels[:, 0] + 1)
+
+
+def test_every_picture_is_augmented_for_itself_and_a_seed_says_how():
+    resident = in_memory(augment="crop+flip")
+    resident.pictures[:] = noise(1)
+    torch.manual_seed(0)
+    one, other = resident[list(range(10))][0], resident[list(range(10))][0]
+    assert len({picture.numpy().tobytes() for picture in [*one, *other]}) == 20
+    torch.manual_seed(0)
+    assert torch.equal(resident[list(range(10))][0], one)
+
+
+def test_shots_of_pictures_in_memory_stay_there_and_are_those_of_any_other_set():
+    def taken(split: Dataset) -> data.Data:
+        return data.take(data.Data(split, split, split, split, [20]), 15)
+
+    resident = in_memory(size=40, augment="crop")
+    mine, others = taken(resident), taken(TensorDataset(resident.pictures, resident.labels))
+    for part, other in zip(mine[:3], others[:3]):
+        assert isinstance(part, data.Resident) and (part.size, part.augment) == (40, "crop")
+        assert part.labels.tolist() == [label.tolist() for _, label in other]
+        assert torch.equal(part.pictures, torch.stack([picture for picture, _ in other]))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="it watches a GPU")
+@pytest.mark.parametrize("augment", [None, "crop", "crop+flip"])
+def test_a_gpu_makes_the_cpus_batches_and_the_host_never_waits_for_it(augment):
+    resident = in_memory(size=48, augment=augment)
+    split = resident.to(torch.device("cuda"))
+    data.to_input(split[[0]][0])  # what is set up once may wait
+    seen = []
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        for own in (resident, split):
+            torch.manual_seed(0)
+            seen.append(list(batches(own, RandomSampler)))
+            data.to_input(seen[-1][0][0])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for (pictures, labels), (there, labels_there) in zip(*seen, strict=True):
+        assert there.is_cuda and grey_levels(there.cpu(), pictures) <= 1
+        assert torch.equal(labels_there.cpu(), labels)
+
+
 # -------------------------------------------------------- small copies of sets of real pictures
 
 
@@ -311,10 +456,17 @@ def dark_on_the_left() -> Image.Image:
     return image
 
 
-def read_back(split) -> list[Picture]:
+def each(split: Dataset) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """A split's pictures one by one, with their labels."""
+    if isinstance(split, data.Resident):
+        return list(zip(*split[list(range(len(split)))]))
+    return [split[i] for i in range(len(split))]
+
+
+def read_back(split: Dataset) -> list[Picture]:
     """The pictures of a loaded split, from their colours; their labels must agree."""
     pictures = []
-    for image, label in split:
+    for image, label in each(split):
         red, green, blue = image.float().mean((1, 2)).tolist()
         picture = Picture(int(blue // 8), SPLITS[int(green // 80)], int(red // 20))
         assert image.shape == (3, 32, 32) and image.dtype == torch.uint8
@@ -443,8 +595,11 @@ def write_sun397(root: Path, pictures: list[Picture]) -> None:
     (root / "SUN397" / "ClassName.txt").write_text("/a/a\n/a/b\n")
 
 
-def write_clevr_count(root: Path, pictures: list[Picture]) -> None:
-    """CLEVR's own test pictures carry no counts, so its validation split is ours for testing."""
+def write_clevr(root: Path, pictures: list[Picture], things: Callable[[int], list]) -> None:
+    """`things` makes a scene's objects for a label.
+
+    CLEVR's own test pictures carry no scenes, so its validation split is ours for testing.
+    """
     folder = root / "clevr" / "CLEVR_v1.0"
     (folder / "scenes").mkdir(parents=True)
     for split, theirs in (("train", "train"), ("test", "val")):
@@ -452,9 +607,20 @@ def write_clevr_count(root: Path, pictures: list[Picture]) -> None:
         for picture in of(pictures, split):
             name = f"CLEVR_{theirs}_{picture.serial:06d}.png"
             picture.save(folder / "images" / theirs / name)
-            scenes.append({"image_filename": name, "objects": [{}] * (picture.label + 3)})
+            scenes.append({"image_filename": name, "objects": things(picture.label)})
         file = folder / "scenes" / f"CLEVR_{theirs}_scenes.json"
         file.write_text(json.dumps({"scenes": scenes}))
+
+
+def write_clevr_count(root: Path, pictures: list[Picture]) -> None:
+    write_clevr(root, pictures, lambda label: [{}] * (label + 3))
+
+
+def write_clevr_dist(root: Path, pictures: list[Picture], nearest=(5, 8.1, 9, 9.1, 10, 13)) -> None:
+    def things(label: int) -> list:
+        return [{"pixel_coords": [3, 400, depth]} for depth in (14.5, nearest[label], 13.5)]
+
+    write_clevr(root, pictures, things)
 
 
 @pytest.fixture
@@ -534,8 +700,33 @@ def test_clevrs_counts_of_3_to_10_are_the_classes_0_to_7(small_set):
     loaded = small_set(write_clevr_count, pictures)
     assert loaded.factors == [8]
     assert sorted(read_back(loaded.test)) == of(pictures, "test")
-    assert sorted(label.item() for _, label in loaded.test) == list(range(8))
+    assert sorted(label.item() for _, label in each(loaded.test)) == list(range(8))
     assert sorted(read_back(loaded.val) + read_back(loaded.plain)) == of(pictures, "train")
+
+
+def test_clevrs_distances_are_six_classes_and_the_nearest_object_counts(small_set):
+    pictures = some_pictures(6, train=20, test=6)
+    loaded = small_set(write_clevr_dist, pictures)
+    assert loaded.factors == [6]
+    assert sorted(read_back(loaded.test)) == of(pictures, "test")
+    assert sorted(label.item() for _, label in each(loaded.test)) == list(range(6))
+    assert sorted(read_back(loaded.val) + read_back(loaded.plain)) == of(pictures, "train")
+
+
+@pytest.mark.parametrize("write", [write_clevr_count, write_clevr_dist])
+def test_a_scene_is_neither_cropped_nor_flipped(write, small_set, monkeypatch):
+    monkeypatch.setattr(Picture, "paint", lambda _: dark_on_the_left())
+    for image, _ in each(small_set(write, some_pictures(2, train=10, test=2)).train):
+        assert torch.equal(image, v2.functional.pil_to_tensor(dark_on_the_left()))
+
+
+@pytest.mark.parametrize("write", [write_cifar10, write_cifar100, write_svhn])
+def test_small_pictures_stay_in_memory_and_are_the_files_bytes(write, small_set):
+    pictures = some_pictures(2, train=20, test=6)
+    loaded = small_set(write, pictures)
+    assert all(isinstance(split, data.Resident) for split in loaded[:4])
+    for (image, _), picture in zip(each(loaded.test), of(pictures, "test"), strict=True):
+        assert torch.equal(image, v2.functional.pil_to_tensor(picture.paint()))
 
 
 @pytest.mark.parametrize("write, mirrored", [(write_cifar10, True), (write_svhn, False)])
@@ -544,14 +735,14 @@ def test_training_pictures_are_mirrored_at_random_but_digits_never(
 ):
     monkeypatch.setattr(Picture, "paint", lambda _: dark_on_the_left())
     train = small_set(write, some_pictures(2, train=40, test=2)).train
-    dark_on_the_right = [image[0, 16, -1] < image[0, 16, 0] for image, _ in train]
+    dark_on_the_right = [image[0, 16, -1] < image[0, 16, 0] for image, _ in each(train)]
     assert any(dark_on_the_right) == mirrored
     assert not all(dark_on_the_right)
 
 
 def test_every_torchvision_set_of_the_contract_can_be_chosen():
     names = "cifar10 cifar100 svhn flowers102 oxford_pets dtd eurosat food101 stanford_cars "
-    names += "caltech101 sun397 pcam clevr_count"
+    names += "caltech101 sun397 pcam clevr_count clevr_dist"
     assert set(data.TORCHVISION) == set(names.split())
 
 
@@ -570,6 +761,7 @@ def test_an_unknown_data_set_is_refused_with_the_choices():
         ("sun397", ""),
         ("dtd", "dtd"),  # dtd-r1.0.1.tar.gz holds dtd/, and torchvision reads dtd/dtd/
         ("clevr_count", "clevr"),
+        ("clevr_dist", "clevr"),
         ("eurosat", "eurosat"),
         ("oxford_pets", "oxford-iiit-pet"),
         ("flowers102", "flowers-102"),
@@ -578,8 +770,9 @@ def test_an_unknown_data_set_is_refused_with_the_choices():
 )
 def test_without_network_the_error_says_into_which_folder_to_unpack(name, folder, tmp_path):
     place = re.escape(str(tmp_path / folder))
-    with pytest.raises(OSError, match=rf"{name}.*{place}(?![\w/-])"):
+    with pytest.raises(OSError, match=rf"{name}.*{place}(?![\w/-])") as caught:
         data.load(name, data_dir=str(tmp_path))
+    assert "\n" not in str(caught.value)
 
 
 def test_without_network_the_error_says_what_to_fetch(tmp_path):
@@ -732,3 +925,77 @@ def test_pictures_of_other_colour_modes_arrive_as_rgb(folder, mode, kind):
     image, label = load_folder(folder).test[0]
     assert image.shape == (3, 32, 32) and image.min() > 250
     assert label.tolist() == [0]
+
+
+# ------------------------------------------------------------------------------- VTAB-1k and FGVC
+
+
+def test_vtab_has_its_19_tasks_and_fgvc_its_five():
+    groups = [group for group, _ in data.VTAB.values()]
+    assert [groups.count(g) for g in ("natural", "specialised", "structured")] == [7, 4, 8]
+    assert groups == sorted(groups) and len(data.FGVC) == 5
+    for task, (_, reason) in (data.VTAB | data.FGVC).items():
+        assert (reason is None) == (task in data.TORCHVISION)
+
+
+@pytest.mark.parametrize("name, table", [("vtab", data.VTAB), ("fgvc", data.FGVC)])
+def test_a_suite_is_what_torchvision_has_and_the_folders_that_are_there(name, table, tmp_path):
+    tasks, left_out = data.suite(name, str(tmp_path))
+    assert tasks == [task for task in table if task in data.TORCHVISION]
+    assert {*tasks, *left_out} == {*table} and all(left_out.values())
+    some = [*left_out][1]
+    (tmp_path / some / "train").mkdir(parents=True)
+    assert data.suite(name, str(tmp_path)) == (tasks, left_out)  # half a folder is none
+    (tmp_path / some / "test").mkdir()
+    more, fewer = data.suite(name, str(tmp_path))
+    assert more == [task for task in table if task in (*tasks, some)]
+    assert fewer == {task: reason for task, reason in left_out.items() if task != some}
+
+
+def test_an_unknown_suite_is_refused_with_the_choices():
+    with pytest.raises(ValueError, match="'vtab2'.*vtab, fgvc"):
+        data.suite("vtab2")
+
+
+@pytest.mark.parametrize("task", ["resisc45", "stanford_dogs", "dtd", "dsprites_loc"])
+def test_a_tasks_own_folder_is_read(task, folder):
+    pictures = some_pictures(2, train=20, test=6)
+    folder.rename(folder.parent / task)
+    loaded = data.load(task, data_dir=str(folder.parent), image_size=32)
+    assert loaded.factors == [2]
+    assert sorted(read_back(loaded.test)) == of(pictures, "test")
+    assert sorted(read_back(loaded.val) + read_back(loaded.plain)) == of(pictures, "train")
+
+
+@pytest.mark.parametrize("task, varied", [("resisc45", True), ("smallnorb_azi", False)])
+def test_pictures_whose_place_or_direction_is_asked_for_are_not_augmented(task, varied, folder):
+    for path in folder.rglob("*.*"):
+        dark_on_the_left().save(path)
+    folder.rename(folder.parent / task)
+    train = data.load(task, data_dir=str(folder.parent), image_size=32).train
+    distinct = {image.numpy().tobytes() for image, _ in each(train)}
+    assert (len(distinct) > 2) == varied  # PNG and JPEG differ by rounding
+
+
+def test_a_task_that_is_nowhere_says_why_and_where_to_put_it(tmp_path):
+    place = re.escape(str(tmp_path / "kitti_dist"))
+    with pytest.raises(ValueError, match=f"kitti_dist.*videos.*{place}/train/") as caught:
+        data.load("kitti_dist", data_dir=str(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("memory", [True, False])
+def test_the_last_training_is_on_all_labelled_pictures_as_they_are(memory, folder, small_set):
+    pictures = some_pictures(2, train=20, test=6)
+    few = data.take(small_set(write_cifar10, pictures) if memory else load_folder(folder), 15)
+    last = data.whole(few)
+    assert last.train is last.plain and len(last.train) == 15
+    assert read_back(last.train) == read_back(few.plain) + read_back(few.val)
+    assert not memory or isinstance(last.train, data.Resident) and last.train.augment is None
+    assert last.val is None and last[3:] == few[3:]
+
+
+def test_without_augmentation_training_pictures_are_the_plain_ones(folder):
+    loaded = load_folder(folder)
+    plain = data.unaugmented(loaded)
+    assert plain.train is loaded.plain and plain[1:] == loaded[1:]

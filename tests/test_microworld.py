@@ -1,23 +1,19 @@
-"""microworld.py, data.py's tokenizers and questions: true to the corpus, and no shortcut answers.
+"""microworld.py: questions are true to the corpus, and no shortcut answers them.
 
 The facts are read out of the corpus by patterns written here, and every question is put to them.
 """
 
 import functools
 import hashlib
-import http.client
 import json
 import re
-import urllib.error
 from collections import Counter
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-import torch
 
-import data
 import microworld
+import questions
 import train_lm
 from microworld import COUNTS, FAMILIES
 
@@ -331,11 +327,11 @@ def right_ones(facts: dict, question: str, options: list[str]) -> list[bool]:
     return [rule(facts, groups, one, [o for o in options if o != one]) for one in options]
 
 
-def asked_by(family: str, split: str) -> list[tuple[str, data.Question]]:
+def asked_by(family: str, split: str) -> list[tuple[str, questions.Question]]:
     """Questions' own words, without what a family's all begin with, and what is read of them."""
     heads = r"Please [\w ]*(?:, question)?: (.*)\n\nAnswer format: .*"
     return [
-        (re.fullmatch(heads, record["instruction"])[1], data.question(record, "here"))
+        (re.fullmatch(heads, record["instruction"])[1], questions.question(record, "here"))
         for record in records(family, split)
     ]
 
@@ -411,7 +407,7 @@ def test_the_answer_format_names_as_many_options_as_the_papers_task_has(family):
         assert record.keys() == {"instruction", "input", "output", "answer"}
         last = record["instruction"].splitlines()[-1]
         options = tuple(last.removeprefix("Answer format: ").split(" / "))
-        question = data.question(record, "here")
+        question = questions.question(record, "here")
         assert question.options == options and len(options) == OPTIONS[family]
         assert question.options[question.answer] == record["answer"]
         assert question.output == record["output"] == f"the correct answer is {record['answer']}"
@@ -436,9 +432,9 @@ def test_guesses_without_understanding_get_what_chance_gets(family):
 
 
 def test_guesses_find_what_gives_answers_away():
-    def asked(stem: str, form: str, answer: int) -> data.Question:
-        text = data.PROMPT.format(f"Choose: {stem}\n\nAnswer format: {form}")
-        return data.Question(text, "", tuple(form.split("/")), answer)
+    def asked(stem: str, form: str, answer: int) -> questions.Question:
+        text = questions.PROMPT.format(f"Choose: {stem}\n\nAnswer format: {form}")
+        return questions.Question(text, "", tuple(form.split("/")), answer)
 
     boxes = "Answer1: a red bag Answer2: the blue box"
     numbered = [
@@ -456,8 +452,10 @@ def test_guesses_find_what_gives_answers_away():
 
 
 def test_a_claim_that_repeats_what_was_said_is_guessed_to_be_true():
-    text = data.PROMPT.format("Choose: The cat is there. Was the cat?\n\nAnswer format: true/false")
-    assert train_lm.overlap_scores(data.Question(text, "", ("true", "false"), 0))[0] > 0.5
+    text = questions.PROMPT.format(
+        "Choose: The cat is there. Was the cat?\n\nAnswer format: true/false"
+    )
+    assert train_lm.overlap_scores(questions.Question(text, "", ("true", "false"), 0))[0] > 0.5
 
 
 @pytest.mark.parametrize("what", DIGESTS)
@@ -468,348 +466,3 @@ def test_the_text_is_the_one_that_the_shipped_weights_have_read(what):
         else [record for split in COUNTS for record in records(what, split)]
     )
     assert hashlib.sha256(json.dumps(made).encode()).hexdigest()[:16] == DIGESTS[what]
-
-
-# ---------------------------------------------------------------------------------- tokenizers
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> data.Tokenizer:
-    return data.microworld_tokenizer()
-
-
-STRANGE = [
-    "",
-    " ",
-    "  two  spaces\n\n\ttab\r\n",
-    "Größe, naïve, Σ, 東京, 🙂, e\u0301, \u200b, \x00",
-    "under_score x2y 3.14 ½ ٣ don't",
-    "the correct answer isthe correct answer is true",
-]
-
-
-@pytest.mark.parametrize("text", STRANGE)
-@pytest.mark.parametrize("pieces", [[], ["a", " the", "the correct answer is", "é", "1"]])
-def test_every_text_comes_back(text, pieces, tokenizer):
-    for own in (tokenizer, data.Tokenizer(pieces)):
-        assert own.decode(own.encode(text)) == text
-        assert all(0 <= number < len(own) != own.end for number in own.encode(text))
-
-
-def test_the_end_is_left_out_and_is_no_text(tokenizer):
-    numbers = tokenizer.encode("a box")
-    assert tokenizer.decode([*numbers, tokenizer.end]) == "a box"
-    assert tokenizer.end not in tokenizer.encode("</s>") and tokenizer.end < len(tokenizer)
-
-
-@each_family
-def test_microworlds_own_questions_are_spelled_in_whole_pieces(family, tokenizer):
-    for split in COUNTS:
-        for _, question in asked_by(family, split):
-            assert min(tokenizer.encode(question.prompt + question.output)) > tokenizer.end
-            for option in question.options:
-                assert len(tokenizer.encode(f"{microworld.OUTPUT} {option}")) == 2
-
-
-def test_a_piece_is_taken_whole_and_the_longest_sentence_first():
-    own = data.Tokenizer(["the box", "the box is", " red", "re"])
-    assert own.encode("the box is red") == [258, 259]
-    assert own.encode("the box") == [257]
-    assert own.encode(" reds") == list(b" reds")
-
-
-@pytest.fixture
-def checkpoint(tmp_path) -> Path:
-    """A folder with a byte-level tokenizer.json that begins every text with <s>."""
-    tokenizers = pytest.importorskip("tokenizers", reason="it reads tokenizer.json")
-    inner = tokenizers.Tokenizer(tokenizers.models.BPE())
-    inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    inner.decoder = tokenizers.decoders.ByteLevel()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=300,
-        special_tokens=["<s>", "</s>"],
-        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    inner.train_from_iterator(["the correct answer is true"], trainer)
-    begin = [("<s>", 0)]
-    inner.post_processor = tokenizers.processors.TemplateProcessing("<s> $A", None, begin)
-    inner.save(str(tmp_path / "tokenizer.json"))
-    (tmp_path / "config.json").write_text('{"eos_token_id": 1}')
-    return tmp_path
-
-
-def test_a_checkpoints_tokenizer_begins_a_text_as_it_says_and_ends_it_as_the_config_says(
-    checkpoint,
-):
-    own = data.LlamaTokenizer(checkpoint)
-    assert own.end == 1
-    for text in [*STRANGE, "the correct answer is answer1"]:
-        numbers = own.encode(text)
-        assert numbers[0] == 0 and own.end not in numbers
-        assert own.decode(numbers) == own.decode([*numbers, own.end]) == text
-    (checkpoint / "config.json").write_text('{"eos_token_id": [128, 1]}')
-    assert data.LlamaTokenizer(checkpoint).end == 128
-
-
-@pytest.mark.parametrize(
-    ("file", "text", "words"),
-    [
-        ("tokenizer.json", None, "has no tokenizer.json"),
-        ("tokenizer.json", "{", "no tokenizer that can be read"),
-        ("config.json", "{}", "has no eos_token_id"),
-    ],
-)
-def test_a_checkpoint_without_what_its_tokenizer_needs_is_refused(file, text, words, checkpoint):
-    if text is None:
-        (checkpoint / file).unlink()
-    else:
-        (checkpoint / file).write_text(text)
-    with pytest.raises(OSError, match=words):
-        data.LlamaTokenizer(checkpoint)
-
-
-# ------------------------------------------------------------------------------ files of questions
-
-WORDS = {  # as LLM-Adapters' files have them; the last as microworld has
-    "boolq": "{}\n\nAnswer format: true/false",
-    "piqa": "{}\n\nSolution1: a.\n\nSolution2: b.\n\nAnswer format: solution1/solution2",
-    "social_i_qa": "{}\n\nAnswer1: a Answer2: b Answer3: c\n\n"
-    "Answer format: answer1/answer2/answer3",
-    "hellaswag": "{}\n\nEnding1: a\n\nEnding2: b\n\nEnding3: c\n\nEnding4: d\n\n"
-    "Answer format: ending1/ending2/ending3/ending4",
-    "winogrande": "{}\n\nOption1: a Option2: b Answer format: option1/option2",
-    "ARC-Challenge": "{}\n\nAnswer1: a Answer2: b Answer3: c Answer4: d Answer5: e\n\n"
-    "Answer format: answer1/answer2/answer3/answer4/answer5",
-    "openbookqa": "{}\n\nAnswer format: a red box / it's / 東京",
-}
-
-
-def options_of(task: str) -> tuple[str, ...]:
-    return (*re.split(" ?/ ?", WORDS[task].partition("Answer format: ")[2]),)
-
-
-def example(task: str, i: int) -> dict:
-    options = options_of(task)
-    answer = options[i % len(options)]
-    text = WORDS[task].format(f"Question {i} of {task}?")
-    output = f"the correct answer is {answer}"
-    return {"instruction": text, "input": "", "output": output, "answer": answer}
-
-
-@pytest.fixture
-def files(tmp_path) -> Path:
-    """A folder with seven tasks of 20 training and 7 test questions."""
-    for task in WORDS:
-        (tmp_path / task).mkdir()
-        for name, start, stop in (("train", 0, 20), ("test", 20, 27)):
-            content = [example(task, i) for i in range(start, stop)]
-            (tmp_path / task / f"{name}.json").write_text(json.dumps(content))
-    return tmp_path
-
-
-@pytest.fixture(autouse=True)
-def no_network(monkeypatch):
-    def refuse(*_, **__):
-        raise urllib.error.URLError("no network")
-
-    monkeypatch.setattr("urllib.request.urlopen", refuse)
-
-
-def numbers(questions: list[data.Question]) -> list[int]:
-    """Which examples these are."""
-    return [int(re.search(r"Question (\d+) of", q.prompt)[1]) for q in questions]
-
-
-def test_questions_of_files_are_read_with_their_own_options(files):
-    loaded = data.load_questions(str(files), [*WORDS])
-    assert [*loaded.test] == [*loaded.val] == [*loaded.train] == [*WORDS]
-    for task, asked in loaded.test.items():
-        options = options_of(task)
-        assert numbers(asked) == list(range(20, 27))
-        for i, question in enumerate(asked, 20):
-            assert question.options == options and question.answer == i % len(options)
-            assert question.output == f"the correct answer is {options[question.answer]}"
-            asked_for = WORDS[task].format(f"Question {i} of {task}?")
-            assert question.prompt == data.PROMPT.format(asked_for)
-
-
-def test_the_prompt_is_llm_adapters(files):
-    first = data.load_questions(str(files), ["boolq"]).test["boolq"][0]
-    assert first.prompt == (
-        "Below is an instruction that describes a task. Write a response that appropriately "
-        "completes the request.\n\n### Instruction:\nQuestion 20 of boolq?\n\n"
-        "Answer format: true/false\n\n### Response:\n"
-    )
-
-
-def test_an_examples_own_answer_format_counts_not_its_tasks(files):
-    path = files / "ARC-Challenge" / "test.json"
-    content = [example("ARC-Challenge", 0), example("social_i_qa", 1), example("boolq", 2)]
-    path.write_text(json.dumps(content))
-    asked = data.read_questions(path)
-    assert [len(question.options) for question in asked] == [5, 3, 2]
-
-
-def test_a_fifth_validates_the_rest_trains_and_no_seed_changes_which(files):
-    splits = []
-    for seed in (0, 1):
-        torch.manual_seed(seed)
-        loaded = data.load_questions(str(files), ["piqa", "boolq"])
-        splits.append([(numbers(loaded.train[t]), numbers(loaded.val[t])) for t in loaded.test])
-    assert splits[0] == splits[1]
-    for train, val in splits[0]:
-        assert len(train) == 16 and len(val) == 4 and sorted(train + val) == list(range(20))
-        assert train != sorted(train)
-
-
-def test_shots_are_the_labelled_questions_of_a_task_validation_among_them(files):
-    few = data.load_questions(str(files), ["piqa", "boolq"], shots=10)
-    for task in ("piqa", "boolq"):
-        train, val = numbers(few.train[task]), numbers(few.val[task])
-        assert len(train) == 8 and len(val) == 2 and len({*train, *val}) == 10
-        assert len(few.test[task]) == 7
-
-
-@pytest.mark.parametrize("shots", [1, 4, 21])
-def test_shots_that_a_task_does_not_have_are_refused(shots, files):
-    with pytest.raises(ValueError, match="piqa has 20 training questions, too few"):
-        data.load_questions(str(files), ["piqa"], shots=shots)
-
-
-def test_microworlds_questions_are_its_splits_and_shots_take_some_of_them():
-    loaded = data.load_questions("microworld", ["piqa", "boolq"])
-    few = data.load_questions("microworld", ["piqa", "boolq"], shots=10)
-    for task in ("piqa", "boolq"):
-        sizes = [len(part[task]) for part in loaded]
-        assert sizes == [800, 200, 500] and [len(part[task]) for part in few] == [8, 2, 500]
-        assert {*few.train[task]} < {*loaded.train[task]} and {*few.val[task]} < {*loaded.val[task]}
-        assert few.test == loaded.test
-
-
-def test_a_training_file_stands_in_place_of_every_train_json(files):
-    path = files / "all.json"
-    path.write_text(json.dumps([example("boolq", i) for i in range(50)]))
-    for task in WORDS:
-        (files / task / "train.json").unlink()
-    loaded = data.load_questions(str(files), ["piqa", "boolq"], str(path))
-    assert [*loaded.test] == ["piqa", "boolq"] and [*loaded.val] == [*loaded.train] == ["all"]
-    assert sorted(numbers(loaded.train["all"] + loaded.val["all"])) == list(range(50))
-    assert len(loaded.val["all"]) == 10
-    few = data.load_questions(str(files), ["piqa"], str(path), shots=10)
-    assert len(few.train["all"]) == 8 and len(few.val["all"]) == 2
-    with pytest.raises(ValueError, match="--train-file goes with --data DIR"):
-        data.load_questions("microworld", ["piqa"], str(path))
-
-
-GOOD = example("boolq", 0)
-
-
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        ("[{", "is not JSON"),
-        (b"\xff\xfe[]", "is not JSON"),
-        ({"instruction": "?"}, "is not a list"),
-        ([], "holds no question"),
-        ([GOOD, 3], "example 1 has no text called 'instruction'"),
-        ([{**GOOD, "instruction": None}], "example 0 has no text called 'instruction'"),
-        ([GOOD, GOOD, {"instruction": "?"}], "example 2 has no text called 'output'"),
-        ([{**GOOD, "answer": True}], "example 0 has no text called 'answer'"),
-        ([GOOD, {**GOOD, "answer": "maybe"}], "example 1 has the answer 'maybe'.* true, false"),
-        ([{**GOOD, "output": "no idea"}], "example 0 has an output that does not end with"),
-        ([GOOD, {**GOOD, "instruction": "Why?"}], "example 1 does not end with an 'Answer format"),
-    ],
-)
-def test_a_file_that_holds_no_questions_is_refused_by_its_name_and_example(content, words, files):
-    path = files / "boolq" / "train.json"
-    if isinstance(content, bytes):
-        path.write_bytes(content)
-    else:
-        path.write_text(content if isinstance(content, str) else json.dumps(content))
-    with pytest.raises(OSError, match=words) as caught:
-        data.load_questions(str(files), ["boolq"])
-    message = str(caught.value)
-    assert str(path) in message and "\n" not in message and len(message) < 400
-
-
-def test_unknown_tasks_and_folders_are_refused_by_name(files):
-    with pytest.raises(ValueError, match="task 'nonsense' is unknown; choose from boolq, piqa"):
-        data.load_questions(str(files), ["boolq", "nonsense"])
-    with pytest.raises(ValueError, match="nowhere is neither a folder nor 'microworld'"):
-        data.load_questions("nowhere", ["boolq"])
-
-
-def test_a_missing_file_without_a_network_names_the_address_and_the_place(files):
-    path = files / "boolq" / "test.json"
-    path.unlink()
-    with pytest.raises(OSError, match=f"there is no {path}.*no network.*fetch https://.*/boolq/"):
-        data.load_questions(str(files), ["boolq"])
-
-
-class Answer:
-    """What urlopen gives: these bytes, or this error at reading."""
-
-    def __init__(self, content: bytes | BaseException):
-        self.content = content
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        pass
-
-    def read(self) -> bytes:
-        if isinstance(self.content, BaseException):
-            raise self.content
-        return self.content
-
-
-def test_missing_files_are_downloaded_to_where_they_are_looked_for(tmp_path, monkeypatch):
-    addresses = []
-
-    def fetch(address, timeout):
-        addresses.append(address.removeprefix(data.LLM_ADAPTERS))
-        return Answer(json.dumps([example("boolq", i) for i in range(10)]).encode())
-
-    monkeypatch.setattr("urllib.request.urlopen", fetch)
-    first = data.load_questions(str(tmp_path), ["boolq"])
-    assert sorted(addresses) == ["/dataset/boolq/test.json", "/dataset/boolq/train.json"]
-    joint = tmp_path / "commonsense_170k.json"
-    data.load_questions(str(tmp_path), ["boolq"], str(joint))
-    assert addresses[2:] == ["/ft-training_set/commonsense_170k.json"]
-    made = {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()}
-    assert made == {"boolq/test.json", "boolq/train.json", "commonsense_170k.json"}
-    monkeypatch.undo()
-    assert data.load_questions(str(tmp_path), ["boolq"]) == first
-
-
-@pytest.mark.parametrize(
-    ("error", "raised"),
-    [
-        (KeyboardInterrupt(), KeyboardInterrupt),
-        (TimeoutError("timed out"), OSError),
-        pytest.param(
-            http.client.IncompleteRead(b"[", 99),
-            OSError,
-        ),
-    ],
-)
-def test_a_download_that_breaks_off_leaves_nothing_behind(error, raised, tmp_path, monkeypatch):
-    monkeypatch.setattr("urllib.request.urlopen", lambda *_, **__: Answer(error))
-    with pytest.raises(raised):
-        data.load_questions(str(tmp_path), ["boolq"])
-    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
-
-
-def test_a_download_that_cannot_be_written_whole_leaves_nothing_behind(tmp_path, monkeypatch):
-    def full(path, content):
-        with open(path, "wb") as file:
-            file.write(content[:1])
-        raise OSError("no space left on device")
-
-    monkeypatch.setattr("urllib.request.urlopen", lambda *_, **__: Answer(b"[]"))
-    monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.raises(OSError, match="could not write"):
-        data.load_questions(str(tmp_path), ["boolq"])
-    assert not [path for path in tmp_path.rglob("*") if path.is_file()]

@@ -1,62 +1,35 @@
 """models.py: the backbones are the real architectures, and their links are METHOD.md's."""
 
 import copy
-from functools import cache
 
 import pytest
 import torch
 import torchvision
+from tiny import (
+    TINY_SWIN,
+    difference,
+    random_images,
+    randomise,
+    tiny_convnext,
+    tiny_swin,
+    tiny_vit,
+    torchvisions_tiny_convnext,
+    torchvisions_tiny_swin,
+    torchvisions_tiny_vit,
+)
 from torch import nn
-from torchvision.models.convnext import CNBlockConfig
 
+import checkpoints
 import models
 import san
-from models import SIZES, ConvNeXt, ConvNeXtBlock, Swin, SwinBlock, ViT, WindowAttention
+from models import SIZES, ConvNeXt, ConvNeXtBlock, Swin, SwinBlock, WindowAttention
 from san import Link
 
-TINY_VIT = dict(image_size=32, patch=8, dim=8, depth=2, heads=2)
-TINY_CONVNEXT = dict(image_size=32, depths=(1, 2), dims=(4, 8), drop_path=0.0)
-# grids of 8×8 and 4×4, padded to 9×9 and 6×6
-TINY_SWIN = dict(image_size=32, patch=4, window=3, dim=8, depths=(2, 2), heads=(2, 4))
 MICRO = ["vit_micro", "convnext_micro", "swin_micro"]
 
 
-@torch.no_grad()
-def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Every parameter gets a value that matters: fresh models have zero heads and tiny scales."""
-    torch.manual_seed(seed)
-    for name, parameter in model.named_parameters():
-        if parameter.ndim > 1 and "layer_scale" not in name and "position" not in name:
-            parameter.normal_(std=parameter[0].numel() ** -0.5)
-        else:
-            shift = 1 if "norm" in name or "ln" in name or "layer_scale" in name else 0
-            parameter.normal_(mean=shift, std=0.3)
-    return model.eval()
-
-
-def tiny_vit(outputs: int = 5, **changes) -> ViT:
-    return randomise(ViT(outputs, **{**TINY_VIT, **changes}))
-
-
-def tiny_convnext(outputs: int = 5, **changes) -> ConvNeXt:
-    return randomise(ConvNeXt(outputs, **{**TINY_CONVNEXT, **changes}))
-
-
-def tiny_swin(outputs: int = 5, **changes) -> Swin:
-    return randomise(Swin(outputs, **{**TINY_SWIN, "drop_path": 0.0, **changes}))
-
-
-def random_images(size: int, count: int = 2) -> torch.Tensor:
-    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(1))
-
-
-@torch.no_grad()
-def difference(one: nn.Module, other: nn.Module, images: torch.Tensor) -> float:
-    return (one(images) - other(images)).abs().max().item()
-
-
 def converted(theirs: nn.Module, ours: nn.Module) -> nn.Module:
-    models.load_backbone(ours, models.from_torchvision(theirs.state_dict()), head=True)
+    checkpoints.load_backbone(ours, checkpoints.from_torchvision(theirs.state_dict()), head=True)
     return ours.eval()
 
 
@@ -86,47 +59,6 @@ def test_torchvisions_model_converts_into_ours_and_gives_the_same_logits(theirs,
     images = random_images(224, count=1)
     assert real(images).std() > 0.1  # the logits say something
     assert difference(real, own, images) < 1e-4
-
-
-@cache
-def torchvisions_tiny_vit() -> nn.Module:
-    return randomise(
-        torchvision.models.VisionTransformer(
-            image_size=32,
-            patch_size=8,
-            num_layers=2,
-            num_heads=2,
-            hidden_dim=8,
-            mlp_dim=32,
-            num_classes=5,
-        ),
-        seed=1,
-    )
-
-
-@cache
-def torchvisions_tiny_convnext() -> nn.Module:
-    return randomise(
-        torchvision.models.ConvNeXt(
-            [CNBlockConfig(4, 8, 1), CNBlockConfig(8, None, 2)], num_classes=5
-        ),
-        seed=1,
-    )
-
-
-@cache
-def torchvisions_tiny_swin() -> nn.Module:
-    return randomise(
-        torchvision.models.SwinTransformer(
-            patch_size=[4, 4],
-            embed_dim=8,
-            depths=[2, 2],
-            num_heads=[2, 4],
-            window_size=[3, 3],
-            num_classes=5,
-        ),
-        seed=1,
-    )
 
 
 # places a side in the two stages: 1 and 1; 3, one window, and 2; 5, odd to merge, and 3; 12 and 6
@@ -212,17 +144,6 @@ def test_a_mistake_in_the_model_shows_in_the_logits(theirs, ours, mistake):
     assert difference(theirs(), own, random_images(32)) < 1e-5
     mistake(own)
     assert difference(theirs(), own, random_images(32)) > 1e-3
-
-
-def test_the_mlp_names_of_torchvisions_older_files_convert_too():
-    new = torchvisions_tiny_vit().state_dict()
-    old = {
-        key.replace("mlp.0.", "mlp.linear_1.").replace("mlp.3.", "mlp.linear_2."): value
-        for key, value in new.items()
-    }
-    assert old.keys() != new.keys()
-    assert models.from_torchvision(old).keys() == models.from_torchvision(new).keys()
-    assert models.from_torchvision(old).keys() == tiny_vit().state_dict().keys()
 
 
 @pytest.mark.parametrize(
@@ -333,102 +254,6 @@ def test_an_image_size_that_does_not_fit_the_model_is_refused(name, image_size):
 def test_a_model_gives_its_outputs_for_the_image_size_it_was_built_for(name, image_size):
     model = models.build(name, outputs=7, image_size=image_size)
     assert model(random_images(image_size)).shape == (2, 7)
-
-
-# ---------------------------------------------------------------------------- loading weights
-
-
-def test_positions_of_the_same_image_size_load_unchanged():
-    source, model = tiny_vit(), ViT(5, **TINY_VIT)
-    models.load_backbone(model, source.state_dict())
-    assert torch.equal(model.position, source.position)
-
-
-def test_positions_of_another_image_size_are_interpolated_and_the_class_token_is_kept():
-    source, model = tiny_vit(), ViT(5, **{**TINY_VIT, "image_size": 64})
-    rows = torch.arange(4.0).repeat_interleave(4)  # a 4×4 grid whose values tell their row
-    source.position.data[:, 1:] = rows[None, :, None]
-    models.load_backbone(model, source.state_dict())
-    assert torch.equal(model.position[:, 0], source.position[:, 0])
-    grid = model.position.detach()[0, 1:, 0].view(8, 8)
-    assert torch.allclose(grid, grid[:, :1].expand(8, 8))  # constant along a row still
-    assert (grid[:, 0].diff() > 0).all()  # and growing from row to row
-    assert grid.mean() == pytest.approx(1.5)
-
-
-def rename_a_layer(state):
-    state["blocks.0.attn.qkv2.weight"] = state.pop("blocks.0.attn.qkv.weight")
-
-
-def widen_a_layer(state):
-    state["blocks.1.mlp.fc1.bias"] = torch.zeros(33)
-
-
-def add_a_block(state):
-    state["blocks.2.norm1.weight"] = torch.ones(8)
-
-
-def widen_the_positions(state):
-    state["position"] = torch.zeros(1, 17, 9)
-
-
-def make_the_position_grid_oblong(state):
-    state["position"] = torch.zeros(1, 1 + 3 * 4, 8)
-
-
-@pytest.mark.parametrize(
-    "change, named",
-    [
-        (rename_a_layer, r"blocks\.0\.attn\.qkv\.weight"),
-        (widen_a_layer, r"blocks\.1\.mlp\.fc1\.bias .*33.*32"),
-        (add_a_block, r"blocks\.2\.norm1\.weight"),
-        (widen_the_positions, r"position .*9"),
-        (make_the_position_grid_oblong, "position"),
-    ],
-)
-def test_weights_of_another_architecture_are_refused_by_key_and_change_nothing(change, named):
-    model, state = tiny_vit(), ViT(5, **TINY_VIT).state_dict()
-    before = copy.deepcopy(model.state_dict())
-    change(state)
-    with pytest.raises(ValueError, match=named):
-        models.load_backbone(model, state)
-    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
-
-
-def test_weights_of_the_other_kind_of_backbone_are_refused():
-    with pytest.raises(ValueError, match="patch_embed|class_token|position"):
-        models.load_backbone(tiny_vit(), tiny_convnext().state_dict())
-    with pytest.raises(ValueError, match="stem"):
-        models.load_backbone(tiny_convnext(), tiny_vit().state_dict())
-
-
-@pytest.mark.parametrize("build", [tiny_vit, tiny_convnext, tiny_swin])
-@pytest.mark.parametrize("files_head", ["another size", "the same size", "none"])
-def test_the_head_is_left_as_it_was_and_the_rest_is_loaded(build, files_head):
-    state = build(outputs=5 if files_head == "the same size" else 9).state_dict()
-    if files_head == "none":
-        state = {key: value for key, value in state.items() if not key.startswith("head.")}
-    model = build(outputs=5)
-    for parameter in model.parameters():
-        parameter.data += 1
-    head = copy.deepcopy(model.head.state_dict())
-    models.load_backbone(model, state)
-    for key, value in model.state_dict().items():
-        expected = head[key[5:]] if key.startswith("head.") else state[key]
-        assert torch.equal(value, expected), key
-
-
-@pytest.mark.parametrize("build", [tiny_vit, tiny_convnext, tiny_swin])
-def test_the_head_is_loaded_where_it_is_asked_for(build):
-    source, model = build(), build()
-    model.head.weight.data.zero_()
-    models.load_backbone(model, source.state_dict(), head=True)
-    assert torch.equal(model.head.weight, source.head.weight)
-
-
-def test_a_head_of_another_size_is_refused_where_it_is_asked_for():
-    with pytest.raises(ValueError, match="head.weight .*9.*5"):
-        models.load_backbone(tiny_vit(), tiny_vit(outputs=9).state_dict(), head=True)
 
 
 # -------------------------------------------------------------------------------------- links

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from running import command_of, metrics, stop_after, without_times
 
-import data
 import microworld
 import models
+import questions
 import san
 import train_lm
 import tuning
@@ -21,7 +21,7 @@ import tuning
 ROOT = Path(__file__).parent.parent
 TINY = dict(dim=32, depth=2, heads=4, kv_heads=2, hidden=48, context=96)
 CPU = torch.device("cpu")
-each_method = pytest.mark.parametrize("method", tuning.METHODS)
+each_method = pytest.mark.parametrize("method", train_lm.LEARNING_RATES)
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -31,8 +31,8 @@ command = command_of(train_lm)
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> data.Tokenizer:
-    return data.microworld_tokenizer()
+def tokenizer() -> questions.Tokenizer:
+    return questions.microworld_tokenizer()
 
 
 @torch.no_grad()
@@ -89,9 +89,9 @@ def finished(flags, tmp_path_factory) -> Path:
     return out
 
 
-def asked(text: str, options: list[str], answer: int = 0) -> data.Question:
+def asked(text: str, options: list[str], answer: int = 0) -> questions.Question:
     output = f"{microworld.OUTPUT} {options[answer]}"
-    return data.Question(data.PROMPT.format(text), output, tuple(options), answer)
+    return questions.Question(questions.PROMPT.format(text), output, tuple(options), answer)
 
 
 # one-token tails, tails of several tokens and of several lengths, bytes; prompts of many lengths
@@ -112,7 +112,7 @@ def args_for(**changes) -> argparse.Namespace:
 
 
 @torch.no_grad()
-def naive_loss(model: models.LLaMA, question: data.Question, tokenizer) -> tuple[float, int]:
+def naive_loss(model: models.LLaMA, question: questions.Question, tokenizer) -> tuple[float, int]:
     """−log p of the answer's tokens and the end after the prompt, summed; and how many they are."""
     prompt, output = tokenizer.encode(question.prompt), tokenizer.encode(question.output)
     tokens = torch.tensor([[*prompt, *output, tokenizer.end]])
@@ -147,7 +147,7 @@ def test_padding_changes_no_questions_loss(model, tokenizer):
 
 
 def test_where_a_tokenizer_joins_prompt_and_answer_the_joint_is_learned():
-    joining = data.Tokenizer(["\nthe"])
+    joining = questions.Tokenizer(["\nthe"])
     tokens, start = train_lm.encode(QUESTIONS[0], joining)
     assert tokens[start] == 257 and joining.decode(tokens[start:]) == "\nthe correct answer is true"
     assert joining.decode(tokens[:start]) == QUESTIONS[0].prompt.removesuffix("\n")
@@ -157,7 +157,7 @@ def test_where_a_tokenizer_joins_prompt_and_answer_the_joint_is_learned():
 
 
 @torch.no_grad()
-def naive_scores(model, question: data.Question, tokenizer) -> list[float]:
+def naive_scores(model, question: questions.Question, tokenizer) -> list[float]:
     """log p(prompt and option), every option in a full sequence of its own."""
     scores = []
     for option in question.options:
@@ -193,7 +193,11 @@ def test_likelihoods_are_the_naive_ones_of_options_in_sequences_of_their_own(
 @pytest.mark.parametrize("method", ["ssf", "san", "san+dora"])
 def test_likelihoods_are_the_naive_ones_of_an_adapted_model(method, tokenizer):
     model = tiny_model(len(tokenizer))
-    tuning.adapt(model, method, argparse.Namespace(wiring="exact", mode="both", shift=0, rank=2))
+    tuning.adapt(
+        model,
+        method,
+        argparse.Namespace(wiring="exact", mode="both", shift=0, rank=2, norms=True, gamma_std=0.0),
+    )
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -244,7 +248,7 @@ def test_an_option_within_a_longer_word_is_not_named(text, first):
 
 def test_an_option_that_another_begins_with_has_something_of_its_own_to_be_scored():
     question = asked("Which?", ["bow", "bowl"])
-    assert all(train_lm.branch(question, data.Tokenizer([])).tails)
+    assert all(train_lm.branch(question, questions.Tokenizer([])).tails)
 
 
 def test_generated_answers_are_right_where_they_name_the_right_option_first(
@@ -280,14 +284,14 @@ def test_accuracy_counts_right_answers_and_ties_are_wrong():
 # -------------------------------------------------------------------------- what fits the context
 
 
-def long_question(words: int) -> data.Question:
+def long_question(words: int) -> questions.Question:
     return asked("box " * words, ["true", "false"])
 
 
 def job_of(train: list, val: list, test: list, context: int, tokenizer) -> train_lm.Job:
-    questions = data.Questions({"task": train}, {"task": val}, {"task": test})
+    asked = questions.Questions({"task": train}, {"task": val}, {"task": test})
     model = tiny_model(len(tokenizer), context=context)
-    return train_lm.questions_job(questions, model, tokenizer, args_for())
+    return train_lm.questions_job(asked, model, tokenizer, args_for())
 
 
 def test_training_examples_beyond_the_context_are_left_out_and_counted(tokenizer, capsys):
@@ -358,7 +362,9 @@ def test_the_adapter_on_a_fresh_base_is_the_merged_model(method, flags, model, t
     if method in ("san", "ssf"):
         san.load_adapter(fresh, adapter)
     else:
-        options = argparse.Namespace(wiring="exact", mode="both", shift=False, rank=8)
+        options = argparse.Namespace(
+            wiring="exact", mode="both", shift=False, rank=8, norms=True, gamma_std=0.0
+        )
         tuning.adapt(fresh, method, options)
         trained, own = san.read(adapter)["trained"], dict(fresh.named_parameters())
         assert trained.keys() == tuning.trained_state(fresh).keys()
@@ -388,7 +394,7 @@ def test_what_can_be_learned_is_learned_and_said(weights, tmp_path, capsys):
 def test_without_weights_microworld_is_learned_from_nothing(
     tokenizer, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr(data, "microworld_tokenizer", lambda: tokenizer)
+    monkeypatch.setattr(questions, "microworld_tokenizer", lambda: tokenizer)
     monkeypatch.setattr(models, "LLAMA_MICRO", TINY)
     monkeypatch.setitem(microworld.COUNTS, "test", 12)
     words = ["--weights", "none", "--tasks", "piqa", "hellaswag", "--shots", 10, "--epochs", 1]
@@ -543,15 +549,17 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(
 def test_compare_goes_on_where_it_was_stopped_and_writes_one_row_a_method(
     flags, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr(train_lm, "LEARNING_RATES", dict.fromkeys(tuning.METHODS, (1e-4, 1e30)))
+    monkeypatch.setattr(
+        train_lm, "LEARNING_RATES", dict.fromkeys(train_lm.LEARNING_RATES, (1e-4, 1e30))
+    )
     words = [*flags, "--epochs", 1, "--shots", 5, "--compare", "--seeds", 2, "--out", tmp_path]
     search, searched = tuning.search, []
 
-    def stopping(args, method, *rest):
+    def stopping(args, key, *rest):
         if len(searched) == 3:
             raise KeyboardInterrupt
-        searched.append(method)
-        return search(args, method, *rest)
+        searched.append(key["method"])
+        return search(args, key, *rest)
 
     with monkeypatch.context() as patch:
         patch.setattr(tuning, "search", stopping)
@@ -560,20 +568,26 @@ def test_compare_goes_on_where_it_was_stopped_and_writes_one_row_a_method(
     monkeypatch.setattr(
         tuning,
         "search",
-        lambda args, method, *rest: searched.append(method) or search(args, method, *rest),
+        lambda args, key, *rest: searched.append(key["method"]) or search(args, key, *rest),
     )
-    assert command(*words) == 0 and searched == [*tuning.METHODS]
+    methods = [*train_lm.LEARNING_RATES]
+    assert command(*words) == 0 and searched == methods[:3] + methods
     table = (tmp_path / "table.md").read_text()
-    assert all(f"| {method} |" in table for method in tuning.METHODS)
+    assert all(f"| {method} |" in table for method in train_lm.LEARNING_RATES)
     assert "--compare" in table.splitlines()[0] and "| boolq | social_i_qa |" in table
-    rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
-    assert [row["method"] for row in rows] == [*tuning.METHODS]
-    for row in rows:
-        assert row["lr"] == 1e-4 and row["tried"].keys() == {"0.0001", "1e+30"}
-        assert row["tried"]["0.0001"] == row["runs"][0]["val"] and len(row["runs"]) == 2
-        for run in row["runs"]:
+    lines = tuning.read_results(tmp_path / "results.jsonl")
+    for method in methods:
+        low, high, *runs = (line for line in lines if line["method"] == method)
+        assert [low["part"], high["part"]] == ["search"] * 2
+        assert low["val"] == runs[0]["val"] and high["lr"] == 1e30
+        assert [(run["part"], run["lr"], run["seed"]) for run in runs] == [
+            ("test", 1e-4, 0),
+            ("test", 1e-4, 1),
+        ]
+        for run in runs:
             assert run["test"] == run["test_merged"] == sum(run["parts"].values()) / 2
-    assert command(*words) == 0 and len(searched) == len(tuning.METHODS)
+    assert command(*words) == 0
+    assert tuning.read_results(tmp_path / "results.jsonl") == lines
     assert (tmp_path / "table.md").read_text() == table
 
 
@@ -597,7 +611,7 @@ def checkpoint(tmp_path_factory) -> Path:
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    inner.train_from_iterator([data.PROMPT, "the correct answer is true"] * 5, trainer)
+    inner.train_from_iterator([questions.PROMPT, "the correct answer is true"] * 5, trainer)
     begin = [("<s>", 0)]
     inner.post_processor = tokenizers.processors.TemplateProcessing("<s> $A", None, begin)
     inner.save(str(folder / "tokenizer.json"))

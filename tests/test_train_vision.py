@@ -1,17 +1,20 @@
 """The training script as a user meets it: what it writes, resumes, compares and refuses."""
 
-import json
 import pickle
 import re
 import urllib.error
+import urllib.request
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torchvision
 from PIL import Image
 from running import command_of, metrics, stop_after, without_times
+from tiny import published_vit, randomise
 
+import checkpoints
 import models
 import san
 import train_lm
@@ -87,10 +90,10 @@ def test_the_saved_model_has_the_base_models_keys_and_the_adapter_is_small(flags
 def test_the_adapter_on_a_fresh_base_is_the_merged_model(flags, tmp_path):
     assert command(*flags, "--out", tmp_path) == 0
     model = models.build("vit_micro", 2)
-    models.load_backbone(model, san.read(ROOT / "weights/vit_micro.pt")["state_dict"])
+    checkpoints.load_backbone(model, san.read(ROOT / "weights/vit_micro.pt")["state_dict"])
     san.load_adapter(model, tmp_path / "adapter.pt")
     merged = models.build("vit_micro", 2)
-    models.load_backbone(merged, san.read(tmp_path / "merged.pt")["state_dict"], head=True)
+    checkpoints.load_backbone(merged, san.read(tmp_path / "merged.pt")["state_dict"], head=True)
     images = torch.randn(4, 3, 32, 32)
     with torch.no_grad():
         torch.testing.assert_close(merged(images), model(images), atol=1e-5, rtol=0)
@@ -127,7 +130,7 @@ def test_variants_run(words, flags, tmp_path):
 def test_imagenet1k_takes_torchvisions_file_from_the_hub_cache(flags, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     theirs = torchvision.models.convnext_tiny().eval()
-    url = torchvision.models.get_weight(train_vision.IMAGENET["convnext_tiny"]).url
+    url = torchvision.models.get_weight(checkpoints.IMAGENET1K["convnext_tiny"]).url
     (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
     torch.save(theirs.state_dict(), tmp_path / "hub" / "checkpoints" / url.rpartition("/")[2])
     args = train_vision.arguments(
@@ -138,6 +141,28 @@ def test_imagenet1k_takes_torchvisions_file_from_the_hub_cache(flags, tmp_path, 
     with torch.no_grad():
         expected = theirs.classifier[0](theirs.features(images).mean((2, 3), keepdim=True))
         torch.testing.assert_close(ours.features(images), expected.flatten(1), atol=1e-4, rtol=1e-4)
+
+
+def test_imagenet21k_takes_the_authors_file_from_the_hub_cache_end_to_end(
+    flags, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(urllib.request, "urlopen", lambda *_, **__: pytest.fail("a download"))
+    address = "https://example.org/ViT-micro.npz"
+    monkeypatch.setattr(checkpoints, "IMAGENET21K", {"vit_micro": address})
+    folder = tmp_path / "hub" / "checkpoints"
+    folder.mkdir(parents=True)
+    source = randomise(models.build("vit_micro", 2))
+    np.savez(folder / "ViT-micro.npz", **published_vit(source))
+    words = [*flags, "--weights", "imagenet21k", "--epochs", 1]
+    ours = train_vision.load_model(train_vision.arguments(list(map(str, words))), "vit_micro", [5])
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        expected = source.features(images)
+        torch.testing.assert_close(ours.features(images), expected, atol=1e-4, rtol=0)
+    assert command(*words, "--out", tmp_path / "run") == 0
+    result = metrics(tmp_path / "run")[-1]
+    assert result["test"] == result["test_merged"]
 
 
 def test_imagenet1k_without_a_network_says_where_to_put_the_file(
@@ -221,14 +246,96 @@ def test_compare_writes_one_row_a_method_and_does_nothing_twice(flags, tmp_path,
     table = (tmp_path / "table.md").read_text()
     assert all(f"| {method} |" in table for method in train_vision.LEARNING_RATES)
     assert "--compare" in table.splitlines()[0] and "±" in table
-    rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
-    for row in rows:
-        assert len(row["runs"]) == 2
-        best = max(row["tried"].values())
-        assert row["tried"][f"{row['lr']:g}"] == best == row["runs"][0]["val"]
-    monkeypatch.setattr(train_vision, "compare_one", lambda *_: pytest.fail("trained again"))
+    lines = tuning.read_results(tmp_path / "results.jsonl")
+    for method in train_vision.LEARNING_RATES:
+        own = [line for line in lines if line["method"] == method]
+        tried = {line["lr"]: line["val"] for line in own if line["part"] == "search"}
+        scored = [line for line in own if line["part"] == "test"]
+        assert len(tried) == 3 and len(scored) == 2
+        assert tried[scored[0]["lr"]] == max(tried.values()) == scored[0]["val"]
+    monkeypatch.setattr(train_vision, "train_method", lambda *_: pytest.fail("trained again"))
     assert command(*words) == 0
     assert (tmp_path / "table.md").read_text() == table
+
+
+def test_the_ablation_compares_the_variants_that_a_model_can_have(flags, tmp_path):
+    assert command(*flags, "--epochs", 1, "--ablation", "--seeds", 1, "--out", tmp_path) == 0
+    lines = tuning.read_results(tmp_path / "results.jsonl")
+    assert [*dict.fromkeys(line["method"] for line in lines)] == [*train_vision.VARIANTS]
+    counts = {line["method"]: line["trainable"] for line in lines}
+    gammas = sum(len(p) for k, p in norms_and_gammas() if k.endswith("gamma"))
+    norms = sum(len(p) for k, p in norms_and_gammas() if "norm" in k)
+    assert counts["both, shift (SAN)"] - counts["both"] == gammas  # each layer has a bias
+    assert counts["both, shift (SAN)"] - counts["SAN, norms frozen"] == norms
+    for same in ("feature, shift", "SAN, γ from N(1, 0.02)", "SAN, authors' wiring"):
+        assert counts[same] == counts["both, shift (SAN)"]
+    assert counts["feature"] == counts["both"] > counts["propagation"]  # no γ that nothing reads
+    values = {line["method"]: line["merge_difference"] for line in lines if line["part"] == "test"}
+    assert max(values.values()) < 1e-4
+
+
+def norms_and_gammas() -> list[tuple[str, torch.Tensor]]:
+    model = models.build("vit_micro", 2)
+    tuning.adapt(model, "san", train_vision.arguments([]))
+    return list(model.named_parameters())
+
+
+def test_the_protocol_chooses_on_the_fifth_and_then_trains_on_all(
+    flags, tmp_path, monkeypatch, capsys
+):
+    sizes, fit = [], tuning.fit
+
+    def recorded(model, loader, loss_of, validate, args, *rest):
+        sizes.append((len(loader.dataset), validate is not None, args.lr, args.seed))
+        return fit(model, loader, loss_of, validate, args, *rest)
+
+    take = train_vision.data_sets.take
+    monkeypatch.setattr(train_vision.data_sets, "take", lambda data, shots: take(data, shots // 25))
+    monkeypatch.setattr(tuning, "fit", recorded)
+    words = [*flags, "--epochs", 1, "--protocol", "vtab1k", "--seeds", 2, "--out", tmp_path]
+    assert command(*words) == 0
+    printed = capsys.readouterr().out
+    assert "learning rates for san: 0.001, 0.005, 0.02" in printed and "32 + 8 labelled" in printed
+    assert sizes[:3] == [(32, True, rate, 0) for rate in train_vision.LEARNING_RATES["san"]]
+    best = max(
+        (line for line in tuning.read_results(tmp_path / "results.jsonl")[:3]),
+        key=lambda line: line["val"],
+    )["lr"]
+    assert sizes[3:] == [(40, False, best, seed) for seed in (0, 1)]
+    assert command(*words, "--method", "linear") == 0  # to the same file
+    assert capsys.readouterr().out.count("| linear |") == 2
+    assert command("--table", tmp_path / "results.jsonl") == 0
+    table = capsys.readouterr().out
+    assert table.count("| linear |") == table.count("| san |") == 2
+    assert train_vision.arguments(["--protocol", "vtab1k"]).epochs == 100
+
+
+def test_a_suite_runs_what_there_is_and_says_what_it_left_out(
+    flags, pictures, tmp_path, monkeypatch, capsys
+):
+    """Two tasks of VTAB as folders; the others are not to be downloaded here."""
+    for task in ("resisc45", "dmlab"):
+        (tmp_path / task).symlink_to(pictures)
+    names = {"resisc45", "dmlab", "kitti_dist"}
+    some = {name: entry for name, entry in train_vision.data_sets.VTAB.items() if name in names}
+    monkeypatch.setattr(train_vision.data_sets, "VTAB", some)
+    monkeypatch.setitem(train_vision.SUITES, "vtab", some)
+    words = [*flags[2:], "--dataset", "vtab", "--data-dir", tmp_path, "--epochs", 1, "--seeds", 1]
+    assert command(*words, "--out", tmp_path / "out") == 0
+    printed = capsys.readouterr().out
+    assert "left out: kitti_dist" in printed and "left out: dmlab" not in printed
+    header = "| model | method | trained | resisc45 | dmlab | specialised | structured | mean |"
+    assert header in (tmp_path / "out" / "table.md").read_text()
+    monkeypatch.setattr(train_vision, "train_method", lambda *_: pytest.fail("trained again"))
+    assert command(*words, "--out", tmp_path / "out") == 0
+
+
+def test_tables_of_files_that_are_missing_or_empty_are_refused(tmp_path, capsys):
+    assert command("--table", path := tmp_path / "results.jsonl") == 1
+    assert "there is no file" in capsys.readouterr().err
+    path.write_text("")
+    assert command("--table", path) == 2
+    assert "no scored run to tabulate" in capsys.readouterr().err
 
 
 def test_mean_and_standard_deviation_over_seeds():
@@ -316,6 +423,10 @@ def test_weights_that_cannot_be_used_are_refused(kind, code, words, flags, tmp_p
         (["--method", "magic"], 2, "'san'"),
         (["--task", "colour"], 2, "orientation"),
         (["--batch-size", "0"], 2, "above 0"),
+        (["--protocol", "vtab1k", "--shots", "100"], 2, "leave --shots out"),
+        (["--compare", "--seed", "3"], 2, "takes --seeds"),
+        (["--gamma-std", "-1"], 2, "--gamma-std must be"),
+        (["--method", "vpt", "--model", "convnext_micro"], 2, "ViT's tokens"),
         (["--shots", "4000"], 2, "asks for 3200 training and 800 validation pictures"),
         (["--lr", "-1"], 2, "--lr must be"),
         (["--warmup-epochs", "50"], 2, "--warmup-epochs"),
@@ -325,6 +436,7 @@ def test_weights_that_cannot_be_used_are_refused(kind, code, words, flags, tmp_p
         (["--evaluate", "nowhere"], 1, "no finished run"),
         (["--model", "convnext_micro", "--wiring", "authors"], 2, "ViT alone"),
         (["--weights", "imagenet1k"], 2, "no imagenet1k weights for vit_micro"),
+        (["--weights", "imagenet21k"], 2, "21k weights for vit_micro; take one of vit_b16"),
     ],
 )
 def test_bad_flags_are_one_sentence(words, code, message, tmp_path, capsys):
@@ -356,8 +468,8 @@ def test_a_diverging_rate_is_out_of_the_search_and_does_not_end_the_comparison(
 ):
     monkeypatch.setattr(train_vision, "LEARNING_RATES", {"full": (1e-4, 1e30)})
     assert command(*flags, "--epochs", 1, "--compare", "--seeds", 1, "--out", tmp_path) == 0
-    (row,) = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
-    assert row["lr"] == 1e-4 and row["tried"]["1e+30"] is None
+    low, high, run = tuning.read_results(tmp_path / "results.jsonl")
+    assert run["lr"] == low["lr"] == 1e-4 and high["val"] is None
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
@@ -368,8 +480,10 @@ def test_cuda_without_a_gpu_is_refused(tmp_path, capsys):
 
 def test_an_out_that_cannot_be_written_is_refused_before_training(flags, tmp_path, capsys):
     (tmp_path / "file").write_text("")
-    assert command(*flags, "--out", tmp_path / "file" / "run") == 1
-    assert "could not write" in capsys.readouterr().err
+    for words in ([], ["--compare"]):
+        assert command(*flags, *words, "--out", tmp_path / "file" / "run") == 1
+        captured = capsys.readouterr()
+        assert "could not write" in captured.err and "trains" not in captured.out
 
 
 def test_a_full_disk_leaves_no_half_written_file(flags, tmp_path, monkeypatch, capsys):

@@ -17,7 +17,9 @@ import san
 import tuning
 
 ROOT = Path(__file__).parent.parent
-OPTIONS = argparse.Namespace(wiring="exact", mode="both", shift=False, rank=4)
+OPTIONS = argparse.Namespace(
+    wiring="exact", mode="both", shift=False, rank=4, norms=True, gamma_std=0.0, prompts=3
+)
 TINY = dict(vocab=19, dim=32, depth=2, heads=4, kv_heads=2, hidden=48, context=32)
 LOW_RANK = ("attn.q_proj", "attn.k_proj", "attn.v_proj", "mlp.up_proj", "mlp.down_proj")
 ALL = (*LOW_RANK, "attn.o_proj", "mlp.gate_proj")
@@ -190,7 +192,7 @@ TRAINED = {
 }
 
 
-@pytest.mark.parametrize("method", tuning.METHODS)
+@pytest.mark.parametrize("method", TRAINED)
 def test_a_method_trains_this_and_nothing_else(method):
     model = adapted(method)
     assert trained_names(model) == TRAINED[method]
@@ -314,6 +316,154 @@ def test_a_vision_model_gets_lora_on_every_linked_layer_and_trains_its_head(name
     assert structure(model) == structure(base)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["vit_micro", "convnext_micro", "swin_micro"])
+def test_bias_trains_the_biases_and_the_head(name):
+    model = models.build(name, 3)
+    tuning.adapt(model, "bias", OPTIONS)
+    expected = {key for key in model.state_dict() if key.split(".")[-1] == "bias"} | {"head.weight"}
+    assert trained_names(model) == expected and "norm.bias" in expected
+
+
+@torch.no_grad()
+def test_a_prompted_vit_attends_to_the_prompts_of_each_block_and_drops_the_last_blocks():
+    torch.manual_seed(0)
+    base, images = (
+        models.ViT(3, 8, patch=4, dim=12, depth=3, heads=2).double(),
+        torch.randn(2, 3, 8, 8),
+    )
+    images, model = images.double(), copy.deepcopy(base)
+    tuning.adapt(model, "vpt", OPTIONS)
+    prompts = {f"blocks.{i}.prompts" for i in range(3)}
+    assert trained_names(model) == prompts | {"head.weight", "head.bias"}
+    assert difference(model(images), base(images)) > 1e-6
+    train(model)
+
+    x = base.patch_embed(images).flatten(2).transpose(1, 2)
+    x = torch.cat([base.class_token.expand(2, -1, -1), x], 1) + base.position  # 2 × 1+4 × 12
+    for block, prompted in zip(base.blocks, model.blocks):
+        x = block(torch.cat([x, prompted.prompts.expand(2, -1, -1)], 1))[:, :5]
+    assert difference(model(images), model.head(base.norm(x[:, 0]))) < 1e-12
+    before = model(images)
+    tuning.fold(model)
+    assert torch.equal(model(images), before)
+
+
+def test_vpt_is_for_a_vit():
+    with pytest.raises(ValueError, match="ViT's tokens, and this is a ConvNeXt"):
+        tuning.adapt(models.build("convnext_micro", 3), "vpt", OPTIONS)
+
+
+@torch.no_grad()
+def test_gamma_may_start_around_one_and_the_norms_stay_frozen():
+    model = models.build("vit_micro", 3)
+    changes = {"norms": False, "gamma_std": 0.02, "shift": True}
+    tuning.adapt(model, "san", argparse.Namespace(**vars(OPTIONS) | changes))
+    names = {key.split(".")[-1] for key in trained_names(model)}
+    assert names == {"gamma", "beta", "weight", "bias"}  # the last two are the head's
+    assert {key for key in trained_names(model) if "norm" in key} == set()
+    gammas = torch.cat([p.flatten() for key, p in model.named_parameters() if "gamma" in key])
+    assert abs(gammas.mean() - 1) < 0.003 and 0.018 < gammas.std() < 0.022
+
+
+# -------------------------------------------------------------------------------------- results
+
+KEY = {"task": "a", "model": "m", "method": "san"}
+FIGURES = {"trainable": 5, "percent": 2.0, "seconds": 1.0, "memory": 9.0}
+
+
+def searched(tmp_path, rates=(1, 2, 3), seeds=2, again=False, **changes) -> tuple[list, list]:
+    """The trainings that a search made, (rate, seed, last), and all lines of its journal."""
+    values = {1: 0.5, 2: 0.7, 3: 0.6}
+    made = []
+
+    def train(args: argparse.Namespace, last: bool) -> tuple[nn.Module, dict]:
+        made.append((args.lr, args.seed, last))
+        if args.lr not in values:
+            raise FloatingPointError("too high")
+        return nn.Linear(1, 1), FIGURES | {"val": None if last and again else values[args.lr]}
+
+    def read(model: nn.Module) -> tuple[torch.Tensor, dict]:
+        return model.weight, {"test": 0.25}
+
+    args = argparse.Namespace(**{"seeds": seeds, "lr": None, "seed": 0} | changes)
+    journal = tuning.Journal(tmp_path / "results.jsonl", {"epochs": 1})
+    tuning.search(args, KEY, rates, train, read, journal, again)
+    return made, tuning.read_results(tmp_path / "results.jsonl")
+
+
+def test_a_search_chooses_on_validation_and_scores_every_seed_once(tmp_path):
+    made, lines = searched(tmp_path)
+    assert made == [(1, 0, False), (2, 0, False), (3, 0, False), (2, 1, True)]
+    assert [(line["part"], line["lr"], line["seed"]) for line in lines] == [
+        *(("search", rate, 0) for rate in (1, 2, 3)),
+        *(("test", 2, seed) for seed in (0, 1)),
+    ]
+    assert not any("test" in line for line in lines if line["part"] == "search")
+    assert searched(tmp_path)[0] == []  # all of it is known
+    assert searched(tmp_path, seeds=3)[0] == [(2, 2, True)]
+
+
+def test_a_search_that_was_stopped_goes_on_run_by_run(tmp_path):
+    whole = searched(tmp_path)[1]
+    path = tmp_path / "results.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:2]))
+    made, lines = searched(tmp_path)
+    assert made[0] == (3, 0, False) and {*made[1:]} == {(2, 0, True), (2, 1, True)}
+    assert lines == whole
+
+
+def test_the_chosen_rate_is_trained_anew_where_the_last_training_differs(tmp_path):
+    made, lines = searched(tmp_path, again=True)
+    assert made[3:] == [(2, 0, True), (2, 1, True)]
+    assert [line["val"] for line in lines] == [0.5, 0.7, 0.6, None, None]
+
+
+def test_a_rate_that_does_not_stay_finite_is_out(tmp_path):
+    made, lines = searched(tmp_path, rates=(9, 1), seeds=1)
+    assert made == [(9, 0, False), (1, 0, False)]
+    assert [line["val"] for line in lines] == [None, 0.5, 0.5]
+    with pytest.raises(FloatingPointError, match="no learning rate"):
+        searched(tmp_path, rates=(9,))
+
+
+@pytest.mark.parametrize("text", ["{", "[]\n", '{"task": 1}\n'])
+def test_a_broken_file_of_results_is_called_so(text, tmp_path):
+    (tmp_path / "results.jsonl").write_text(text)
+    with pytest.raises(OSError, match="is broken"):
+        tuning.read_results(tmp_path / "results.jsonl")
+
+
+def test_tables_have_means_by_group_where_no_task_is_missing():
+    lines = [
+        FIGURES
+        | {"task": task, "group": group, "model": "m", "method": method, "part": "test", "lr": 1e-3}
+        | {"seed": seed, "test": test, "merge_same": 1.0, "merge_difference": 0.0, "options": {}}
+        for method, task, group, seed, test in [
+            ("san", "a", "natural", 0, 0.2),
+            ("san", "a", "natural", 1, 0.4),
+            ("san", "b", "natural", 0, 0.5),
+            ("san", "c", "structured", 0, 0.9),
+            ("lora", "c", "structured", 0, 0.8),
+        ]
+    ]
+    short = tuning.tables(lines).split("\n\n")[0].splitlines()
+    assert short[0] == "| model | method | trained | a | b | c | natural | structured | mean |"
+    assert short[2] == (
+        "| m | san | 2.00 % | 30.0 ± 14.1 | 50.0 ± 0.0 | 90.0 ± 0.0 | 40.0 | 90.0 | 56.7 |"
+    )
+    assert short[3] == "| m | lora | 2.00 % |  |  | 80.0 ± 0.0 |  | 80.0 |  |"
+    lines = [line | {"options": {"epochs": 9 - line["seed"], "lr": None}} for line in lines]
+    rows = tuning.tables(lines).split("\n\n")[0].splitlines()[2:]
+    assert [row.split(" | ")[1] for row in rows] == [
+        "san, epochs 9",
+        "san, epochs 8",
+        "lora, epochs 9",
+    ]
+    with pytest.raises(ValueError, match="no scored run"):
+        tuning.tables([line | {"part": "search"} for line in lines])
+
+
 # --------------------------------------------------------------------------------------- memory
 
 
@@ -325,7 +475,7 @@ def test_training_keeps_state_for_what_is_trained_alone_and_the_rest_in_its_plac
     start = {name: value.clone() for name, value in tuning.trained_state(model).items()}
     loader = DataLoader(TensorDataset(random_tokens()), batch_size=2)
     loop = dict(lr=1e-3, weight_decay=0.0, epochs=2, warmup_epochs=0, seed=0)
-    args = argparse.Namespace(**loop, amp=False, resume=False)
+    args = argparse.Namespace(**loop, amp=False, compile=False, resume=False)
 
     def loss_of(model: nn.Module, batch: list) -> torch.Tensor:
         return model(batch[0]).float().square().mean()
@@ -352,7 +502,9 @@ import torch
 
 import models, tuning
 
-options = argparse.Namespace(wiring="exact", mode="both", shift=False, rank=4)
+options = argparse.Namespace(
+    wiring="exact", mode="both", shift=False, rank=4, norms=True, gamma_std=0.0
+)
 models.initialise = lambda *_, **__: None  # torch's own values do, and come sooner
 
 

@@ -1,0 +1,259 @@
+"""Questions in words, read for training: microworld's and the paper's eight commonsense tasks.
+
+They come as `Questions`, every one with its options and the right one among them; a tokenizer
+turns text into numbers. [us] our choice, as in san.py.
+"""
+
+import http.client
+import json
+import re
+import urllib.request
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+import checkpoints
+import microworld
+import san
+
+# -------------------------------------------------------------------------------------- tokens
+
+# The prompt of LLM-Adapters (Hu et al. 2023), which the paper's language experiments use: its
+# words, without the indentation that its code puts before every line [us].
+PROMPT = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes "
+    "the request.\n\n### Instruction:\n{}\n\n### Response:\n"
+)
+
+
+class Tokenizer:
+    """Text ↔ numbers, with a small vocabulary of our own [us]; `saved` is what it is made from.
+
+    0 … 255 are bytes, 256 ends a text, and from 257 on every number is one of `pieces`: words with
+    the space before them, digits, signs, and the fixed sentences of the prompt. What is no piece
+    is spelled in bytes, so that every text can be written and comes back the same.
+    """
+
+    end = 256
+    WORD = r" ?[A-Za-z]+|\d|\s|[^\w\s]|\w"
+
+    def __init__(self, pieces: list[str]):
+        self.pieces = self.saved = list(pieces)
+        self.number = {piece: 257 + i for i, piece in enumerate(pieces)}
+        sentences = [piece for piece in pieces if not re.fullmatch(self.WORD, piece)]
+        escaped = [re.escape(piece) for piece in sorted(sentences, key=len, reverse=True)]
+        self.pattern = re.compile("|".join([*escaped, self.WORD]))
+
+    def __len__(self) -> int:
+        return 257 + len(self.pieces)
+
+    def encode(self, text: str) -> list[int]:
+        numbers = []
+        for piece in self.pattern.findall(text):
+            numbers += [self.number[piece]] if piece in self.number else piece.encode()
+        return numbers
+
+    def decode(self, numbers: list[int]) -> str:
+        """The text of `encode`'s numbers; an end is left out."""
+        known = [n for n in numbers if n != self.end]
+        parts = [bytes([n]) if n < 256 else self.pieces[n - 257].encode() for n in known]
+        return b"".join(parts).decode(errors="replace")
+
+
+def microworld_tokenizer() -> Tokenizer:
+    """Its pieces are the words of the microworld, met in its documents and questions."""
+    texts = microworld.corpus(10_000)
+    for family in microworld.FAMILIES:
+        texts += [r["instruction"] for r in microworld.questions(family, "train", 200)]
+    sentences = [*PROMPT.split("{}"), *microworld.HEADS.values(), microworld.FORM]
+    sentences.append(microworld.OUTPUT)
+    pieces = {piece for text in texts for piece in re.findall(Tokenizer.WORD, text)}
+    pieces |= {*microworld.PEOPLE, *sentences}  # a name without a space begins some documents
+    return Tokenizer(sorted(pieces))
+
+
+class LlamaTokenizer:
+    """A checkpoint's own tokenizer.json, read by the `tokenizers` package; `end` as in config.json.
+
+    Raises OSError if the file is missing or broken, ValueError if the package is.
+    """
+
+    def __init__(self, folder: Path):
+        self.saved, path = str(folder.resolve()), folder / "tokenizer.json"
+        if not path.is_file():
+            raise OSError(
+                f"{folder} has no tokenizer.json; fetch it from where the weights are from"
+            )
+        try:
+            import tokenizers
+        except ImportError as error:
+            raise ValueError(
+                "a checkpoint's tokenizer needs packages: pip install -r requirements-extra.txt"
+            ) from error
+        try:
+            self.inner = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the package raises plain Exceptions
+            raise OSError(f"{path} is no tokenizer that can be read ({error})") from error
+        end = checkpoints.read_json(folder / "config.json").get("eos_token_id")
+        self.end = next(iter(end), None) if isinstance(end, list) else end
+        if type(self.end) is not int or not 0 <= self.end < len(self):
+            raise OSError(f"{folder / 'config.json'} has no eos_token_id that {path.name} knows")
+
+    def __len__(self) -> int:
+        return self.inner.get_vocab_size()
+
+    def encode(self, text: str) -> list[int]:
+        return self.inner.encode(text).ids
+
+    def decode(self, numbers: list[int]) -> str:
+        return self.inner.decode(numbers)
+
+
+# --------------------------------------------------------------------------------- eight tasks
+
+EIGHT = microworld.FAMILIES  # the folders' names are the tasks' names in LLM-Adapters
+LLM_ADAPTERS = "https://raw.githubusercontent.com/AGI-Edgerunners/LLM-Adapters/main"
+
+
+class Question(NamedTuple):
+    """A prompt, the text to learn after it, the options and which of them is right.
+
+    The text ends with the right option.
+    """
+
+    prompt: str
+    output: str
+    options: tuple[str, ...]
+    answer: int
+
+
+class Questions(NamedTuple):
+    """The questions of each split by task."""
+
+    train: dict[str, list[Question]]
+    val: dict[str, list[Question]]
+    test: dict[str, list[Question]]
+
+
+def load_questions(
+    source: str, tasks: list[str], train_file: str | None = None, shots: int | None = None
+) -> Questions:
+    """Questions of 'microworld' or of a folder with <task>/train.json and <task>/test.json.
+
+    A task's validation questions are a fifth of its training questions, at most 200, in the way
+    of VTAB-1k; microworld has its own, about other things. shots: how many labelled questions a
+    task has in all, those for validation among them. train_file: one file with the training
+    questions of all tasks (the paper's commonsense_170k.json) in place of every train.json. Which
+    questions those are does not depend on a run's seed.
+
+    Raises ValueError for an unknown or empty task or too many shots, OSError for a file that is
+    missing and cannot be downloaded, or broken.
+    """
+    folder = Path(source)
+    if source != "microworld" and not folder.is_dir():
+        raise ValueError(f"--data {source} is neither a folder nor 'microworld'")
+    unknown = [task for task in tasks if task not in EIGHT and not (folder / task).is_dir()]
+    if unknown:
+        raise ValueError(f"task '{unknown[0]}' is unknown; choose from {', '.join(EIGHT)}")
+    if train_file is not None and source == "microworld":
+        raise ValueError("--train-file goes with --data DIR, not with microworld")
+    train, val, test = {}, {}, {}
+    for task in tasks:
+        own = held = None
+        if source == "microworld":
+            made = [microworld.questions(task, s, n) for s, n in microworld.COUNTS.items()]
+            own, held, test[task] = (
+                [question(record, f"microworld, {task}") for record in records] for records in made
+            )
+        else:
+            files = {
+                split: (folder / task / name, f"dataset/{task}/{name}" if task in EIGHT else None)
+                for split, name in (("train", "train.json"), ("test", "test.json"))
+            }
+            test[task] = read_questions(*files["test"])
+            if train_file is None:
+                own = read_questions(*files["train"])
+        if own is not None:
+            val[task], train[task] = hold_out(own, held, shots, task)
+    if train_file is not None:
+        path = Path(train_file)
+        joint = path.name == "commonsense_170k.json"
+        own = read_questions(path, f"ft-training_set/{path.name}" if joint else None)
+        val[path.stem], train[path.stem] = hold_out(own, None, shots, train_file)
+    return Questions(train, val, test)
+
+
+def hold_out(
+    own: list[Question], held: list[Question] | None, shots: int | None, task: str
+) -> tuple[list[Question], list[Question]]:
+    """(validation, training) questions: a fifth and the rest, of `shots` or of all."""
+    order = torch.randperm(len(own), generator=torch.Generator().manual_seed(0)).tolist()
+    own = [own[i] for i in order]
+    if shots is None:
+        val = len(held) if held else min(200, len(own) // 5)
+        train = len(own) - (0 if held else val)
+    else:
+        val = min(200, shots // 5)
+        train = shots - val
+    held = held or own[train : train + val]
+    if min(train, val) < 1 or train > len(own) or len(held) < val:
+        raise ValueError(
+            f"{task} has {len(own)} training questions, too few for {train} to train on and "
+            f"{val} to validate with; at least 5 are needed, and as many as --shots asks for"
+        )
+    return held[:val], own[:train]
+
+
+def read_questions(path: Path, address: str | None = None) -> list[Question]:
+    """A file of LLM-Adapters' format; from its repository if it is missing here. Raises OSError."""
+    if not path.is_file() and address is None:
+        raise OSError(f"there is no file {path}")
+    if not path.is_file():
+        try:
+            with urllib.request.urlopen(f"{LLM_ADAPTERS}/{address}", timeout=30) as answer:
+                text = answer.read()
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            raise OSError(
+                f"there is no {path}, and it could not be downloaded ({error}); where there is no "
+                f"network, fetch {LLM_ADAPTERS}/{address} and put it there"
+            ) from error
+        san.write(text, path, save=lambda content, file: file.write_bytes(content))
+    try:
+        records = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # broken JSON or broken UTF-8
+        raise OSError(f"{path} is not JSON ({error}); fetch it again") from error
+    if not isinstance(records, list):
+        raise OSError(f"{path} is not a list of questions")
+    if not records:
+        raise OSError(f"{path} holds no question")
+    return [question(record, f"{path}, example {i}") for i, record in enumerate(records)]
+
+
+def question(record: dict, where: str) -> Question:
+    """One record of LLM-Adapters' format; its own "Answer format" line names the options.
+
+    where: how to call the record in a message. Raises OSError for one that is not whole.
+    """
+    keys = ("instruction", "output", "answer")
+    missing = [
+        k for k in keys if not isinstance(record, dict) or not isinstance(record.get(k), str)
+    ]
+    if missing:
+        raise OSError(f"{where} has no text called '{missing[0]}'")
+    instruction, output, answer = (record[key].strip() for key in keys)
+    if record.get("input"):
+        instruction += f"\n\n{record['input']}"
+    form = re.search(r"Answer format:(.+)$", record["instruction"].strip())
+    if not form:
+        raise OSError(
+            f"{where} does not end with an 'Answer format: …' line that names its options"
+        )
+    options = tuple(option.strip() for option in form[1].split("/"))
+    if len(set(options)) < max(2, len(options)) or "" in options:
+        raise OSError(f"{where} needs two options or more, all different, not '{form[1].strip()}'")
+    if answer not in options:
+        raise OSError(f"{where} has the answer '{answer}', which is not among {', '.join(options)}")
+    if not output.endswith(answer):
+        raise OSError(f"{where} has an output that does not end with its answer '{answer}'")
+    return Question(PROMPT.format(instruction), output, options, options.index(answer))

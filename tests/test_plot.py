@@ -1,0 +1,247 @@
+"""plot.py: which pictures appear, that they show the right numbers, and what is refused."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import plot
+
+pytest.importorskip("matplotlib", reason="pictures need matplotlib, an extra")
+
+BASE = {
+    "a.weight": torch.ones(4, 3),
+    "b.weight": torch.ones(2, 4, 1, 1),
+    "norm.weight": torch.ones(4),
+}
+BASE |= {"a.bias": torch.ones(4), "head.weight": torch.ones(2, 2)}
+GAMMA = {"b": torch.tensor([0.5, 1.25]), "a": torch.tensor([0.8, 1.5, 0.9, 0.7])}
+FACTOR = {"a.weight": 1.5, "b.weight": 0.75, "norm.weight": 3, "head.weight": 5}
+
+
+def base_of(config: dict) -> dict:
+    return BASE
+
+
+def make_run(path: Path, method: str, **config) -> Path:
+    """A finished run of two epochs; its matrix a grew by a half, b shrank by a quarter."""
+    path.mkdir()
+    config = {"method": method, "lr": 0.01, "epochs": 2, "model": ["tiny"]} | config
+    (path / "config.json").write_text(json.dumps(config))
+    result = {"dataset": "dots", "model": "tiny", "method": method, "seed": 0, "test": 0.625}
+    records = [
+        {"epoch": 1, "loss": 2.0, "val": 0.25},
+        {"epoch": 2, "loss": 0.5, "val": 0.75},
+        result,
+    ]
+    (path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    if method in ("san", "ssf"):
+        values = {f"{layer}.gamma": value for layer, value in GAMMA.items()}
+        links = [("a", None, None), ("b", "a", None)]
+        torch.save({"links": links, "values": values}, path / "adapter.pt")
+    state = {key: value * FACTOR.get(key, 1) for key, value in BASE.items()}
+    torch.save({"state_dict": state}, path / ("model.pt" if method == "full" else "merged.pt"))
+    return path
+
+
+def line(method: str, test: float | None = None, **changes) -> dict:
+    line = {"task": "dots", "model": "tiny", "method": method, "lr": 0.1, "seed": 0, "val": 0.5}
+    line |= {"part": "search"} if test is None else {"part": "test", "test": test}
+    return line | {"trainable": 100 if method == "san" else 4000, "options": {"lr": None}} | changes
+
+
+@pytest.fixture
+def comparison(tmp_path) -> Path:
+    path = tmp_path / "compared"
+    path.mkdir()
+    lines = [line("san"), line("san", 0.5), line("san", 0.7, seed=1), line("full", 0.4)]
+    (path / "results.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lines))
+    return path
+
+
+def read(*paths: Path) -> list[plot.Run]:
+    return [plot.read_run(path) for path in paths]
+
+
+def drawn_points(axes) -> dict[str, tuple]:
+    """Label → (trained, mean, deviation), as the picture has them."""
+    found = {}
+    for text, container in zip(axes.texts, axes.containers):
+        (x, y), segment = (
+            container.lines[0].get_xydata()[0],
+            container.lines[2][0].get_segments()[0],
+        )
+        found[text.get_text()] = (x, y, (segment[1, 1] - segment[0, 1]) / 2)
+    return found
+
+
+def test_each_kind_of_run_gets_its_pictures(tmp_path, comparison, monkeypatch):
+    from matplotlib.figure import Figure
+
+    adapted, full = make_run(tmp_path / "1", "san"), make_run(tmp_path / "2", "full")
+
+    def pictures(*runs) -> set[str]:
+        return {file.name for file in plot.draw([*runs], tmp_path / "out", base_of)}
+
+    every = {"curves.png", "accuracy.png", "gamma.png", "change.png"}
+    assert pictures(adapted, comparison) == every
+    assert {file.name for file in (tmp_path / "out").iterdir()} == every
+    assert all(f.read_bytes().startswith(b"\x89PNG") for f in (tmp_path / "out").iterdir())
+    monkeypatch.setattr(Figure, "savefig", lambda figure, file, **_: Path(file).touch())  # quicker
+    assert pictures(full) == {"curves.png", "change.png"}
+    assert pictures(comparison) == {"accuracy.png"}
+    (full / "model.pt").unlink()
+    assert pictures(full) == {"curves.png"}
+
+
+def test_curves_show_every_epoch(tmp_path):
+    runs = read(make_run(tmp_path / "1", "san"), make_run(tmp_path / "2", "full"))
+    runs[1].history[0]["val"] = None
+    left, right = plot.curves(runs).axes
+    assert left.lines[0].get_xydata().tolist() == [[1, 25], [2, 75]]
+    assert left.lines[1].get_ydata()[1] == 75 and left.lines[1].get_ydata()[0] != 25
+    assert right.lines[1].get_xydata().tolist() == [[1, 2.0], [2, 0.5]]
+    assert left.lines[0].get_label() == "san: test 62.5 %"
+    assert left.figure.get_suptitle() == "dots, tiny"
+
+
+def test_accuracy_shows_mean_and_deviation_over_seeds(comparison):
+    lines = [json.loads(text) for text in (comparison / "results.jsonl").read_text().splitlines()]
+    (axes,) = plot.accuracy(lines).axes
+    found = drawn_points(axes)
+    assert found["san"] == pytest.approx((100, 60, 100 * 0.02**0.5))
+    assert found["full"] == pytest.approx((4000, 40, 0))
+    assert axes.get_title() == "tiny, dots"
+
+
+def test_accuracy_is_a_mean_over_tasks_where_panels_would_be_many():
+    tasks = [f"t{i}" for i in range(5)]
+    lines = [line("san", 0.1 * i, task=task) for i, task in enumerate(tasks)]
+    lines += [line("full", 0.9, task=task) for task in tasks[1:]]  # not scored on all: left out
+    (axes,) = plot.accuracy(lines).axes
+    assert list(drawn_points(axes)) == ["san"] and drawn_points(axes)["san"][1] == pytest.approx(20)
+    assert len(plot.accuracy([one for one in lines if one["task"] != "t0"]).axes) == 4
+
+
+def test_accuracy_keeps_apart_what_had_other_options():
+    lines = [line("san", 0.5, options={"epochs": 2}), line("san", 0.7, options={"epochs": 9})]
+    (axes,) = plot.accuracy(lines).axes
+    assert {k: round(v[1]) for k, v in drawn_points(axes).items()} == {
+        "san, epochs 2": 50,
+        "san, epochs 9": 70,
+    }
+
+
+def test_labels_and_marks_of_close_methods_cover_nothing():
+    methods = ["linear", "bias", "lora", "ssf", "san", "dora"]
+    lines = [line(m, 0.6 + 0.001 * i, trainable=1000 + i) for i, m in enumerate(methods)]
+    (axes,) = plot.accuracy(lines).axes
+    axes.figure.draw_without_rendering()
+    boxes = [super(type(text), text).get_window_extent() for text in axes.texts]
+    assert len(boxes) == 6
+    assert not any(box.count_overlaps(boxes[i + 1 :]) for i, box in enumerate(boxes))
+    assert all(axes.bbox.contains(*box.min) and axes.bbox.contains(*box.max) for box in boxes)
+
+
+def test_gamma_shows_layers_in_the_links_order_and_channels_sorted(tmp_path):
+    runs = read(make_run(tmp_path / "1", "san"), make_run(tmp_path / "2", "ssf"))
+    axes = plot.gamma(runs).axes[:4]
+    assert [one.get_title() for one in axes] == ["san", "ssf", "san", "ssf"]
+    assert [text.get_text() for text in axes[0].get_yticklabels()] == ["a", "b"]
+    assert axes[0].get_xlim() == axes[1].get_xlim() == pytest.approx((0.5, 1.5))
+    (image,) = axes[2].images
+    first, second = image.get_array()
+    quarter = plot.COLUMNS // 4
+    assert first[::quarter].tolist() == pytest.approx([0.7, 0.8, 0.9, 1.5])
+    assert second[:: 2 * quarter].tolist() == pytest.approx([0.5, 1.25])
+    assert sum(image.get_clim()) == pytest.approx(2)  # white stands for 1
+    shares = [path.vertices[0, 0] for path in axes[2].collections[0].get_paths()]
+    assert shares == pytest.approx([75, 50])
+
+
+@pytest.mark.parametrize("method", ["san", "lora", "full"])
+def test_change_is_relative_by_layer_without_head_and_norms(tmp_path, method):
+    (run,) = read(make_run(tmp_path / "1", method))
+    assert plot.weight_change(run, base_of) == pytest.approx({"a": 0.5, "b": 0.25})
+    (axes,) = plot.change([run], base_of).axes
+    assert axes.lines[0].get_xydata().tolist() == [[50, 0], [25, 1]]
+    assert plot.change([run], lambda config: {}) is None
+
+
+def test_a_run_that_changes_no_matrix_is_not_in_the_picture_of_changes(tmp_path):
+    runs = read(make_run(tmp_path / "1", "linear"), make_run(tmp_path / "2", "full"))
+    torch.save({"state_dict": BASE}, tmp_path / "1" / "merged.pt")
+    assert plot.change(runs[:1], base_of) is None
+    (axes,) = plot.change(runs, base_of).axes
+    assert [one.get_label() for one in axes.lines] == ["full"]
+
+
+def test_a_name_tells_what_sets_runs_apart(tmp_path):
+    settings = [("san", {}), ("san", {"lr": 0.005, "shift": False}), ("lora", {"lr": 0.3})]
+    runs = read(*(make_run(tmp_path / str(i), m, **c) for i, (m, c) in enumerate(settings)))
+    assert plot.names(runs) == ["san, lr 0.01", "san, lr 0.005, no shift", "lora"]
+    runs[2].config["epochs"] = 9
+    assert plot.names(runs)[2] == "lora, epochs 9"
+    place = tmp_path / "0"
+    assert plot.names([runs[0], runs[0]]) == [f"san ({place})"] * 2
+
+
+def test_a_method_has_one_style_and_its_repetition_another():
+    alone, first, again = (
+        plot.styles(methods) for methods in (["san"], ["lora", "san"], ["san"] * 2)
+    )
+    assert alone[0] == first[1] == again[0]
+    for key in ("color", "linestyle", "markerfacecolor"):
+        assert again[0][key] != again[1][key]
+
+
+def test_missing_and_broken_runs_are_named_and_nothing_is_written(tmp_path, comparison):
+    good, bad = make_run(tmp_path / "good", "san"), make_run(tmp_path / "bad", "san")
+    out = tmp_path / "out"
+
+    def refused(*runs) -> str:
+        with pytest.raises(OSError) as error:
+            plot.draw([good, *runs], out, base_of)
+        assert not out.exists()
+        return str(error.value)
+
+    assert "nowhere is no finished run and no comparison" in refused(tmp_path / "nowhere")
+    (bad / "merged.pt").write_bytes(b"half")
+    assert "bad/merged.pt is broken" in refused(bad)
+    (bad / "adapter.pt").write_bytes(b"half")
+    assert "bad/adapter.pt is broken" in refused(bad)
+    for text in ("", "{", '{"loss": 1}\n{}', "[]", "3"):
+        (bad / "metrics.jsonl").write_text(text)
+        assert "bad is broken" in refused(bad)
+    (bad / "metrics.jsonl").unlink()
+    assert "bad is no finished run and no comparison: it has no metrics.jsonl" in refused(bad)
+    (comparison / "results.jsonl").write_text("{}")
+    assert "compared" in refused(comparison)
+
+
+def test_nothing_to_draw_is_said(tmp_path, comparison):
+    (comparison / "results.jsonl").write_text(json.dumps(line("san")) + "\n")  # a search alone
+    for runs in ([], [comparison]):
+        with pytest.raises(ValueError, match="nothing to draw"):
+            plot.draw(runs, tmp_path / "out", base_of)
+
+
+def test_without_matplotlib_the_command_that_installs_it_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ValueError, match="pip install -r requirements-extra.txt"):
+        plot.draw([make_run(tmp_path / "1", "san")], tmp_path / "out", base_of)
+
+
+def test_a_picture_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    def full_disk(figure, file, **options):
+        Path(file).write_bytes(b"half")
+        raise OSError("no space left")
+
+    monkeypatch.setattr(Figure, "savefig", full_disk)
+    with pytest.raises(OSError, match="could not write .*curves.png: no space left"):
+        plot.draw([make_run(tmp_path / "1", "san")], tmp_path / "out", base_of)
+    assert not list((tmp_path / "out").iterdir())
