@@ -751,6 +751,7 @@ def tables(lines: list[dict]) -> str:
     group_of = {line["task"]: line.get("group") for line in lines}
     means = {group: [t for t in group_of if group_of[t] == group] for group in group_of.values()}
     means = {g: own for g, own in means.items() if g} | {"mean": list(group_of)}
+    means = means if len(group_of) > 1 else {}
     short, long = [], []
     for (model, method), by_task in runs.items():
         accuracies = {task: [run["test"] for run in own] for task, own in by_task.items()}
