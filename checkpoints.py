@@ -1,4 +1,4 @@
-"""Weights from files: published ones in four layouts, brought under our names, and our own.
+"""Weights from files: published ones in their layouts, brought under our names, and our own.
 
 `backbone_state` gives what --weights names, from a file or from the cache of downloads, and
 `load_backbone` puts it into a model of models.py; `load_llama` reads a folder of the Hugging Face

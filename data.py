@@ -1,6 +1,6 @@
 """Sets of pictures, read for training: sprites, torchvision's and folders; VTAB-1k and FGVC.
 
-Each comes back as `Data`: three splits of (picture, label) pairs, a picture being 3×H×W bytes and
+Each comes back as `Data`: splits of (picture, label) pairs, a picture being 3×H×W bytes and
 a label one whole number a factor (most sets have one factor, the class). What is small stays in
 memory and comes a batch at a time (`Resident`); the rest is decoded when it is asked for.
 `to_input` turns a batch of bytes into what a model reads. [S] SSF, [us] our choice.
@@ -38,8 +38,20 @@ class Data(NamedTuple):
     factors: list[int]
 
     def to(self, device: torch.device) -> "Data":
-        """The same, with what is `Resident` on `device`."""
-        splits = [split.to(device) if isinstance(split, Resident) else split for split in self[:4]]
+        """The same, with what is `Resident` on `device`, once where two splits share it."""
+        there: dict[int, Tensor] = {}
+
+        def move(tensor: Tensor) -> Tensor:
+            if id(tensor) not in there:
+                there[id(tensor)] = tensor.to(device)
+            return there[id(tensor)]
+
+        splits = [
+            split.having(move(split.pictures), move(split.labels))
+            if isinstance(split, Resident)
+            else split
+            for split in self[:4]
+        ]
         return Data(*splits, self.factors)
 
 
@@ -75,7 +87,9 @@ def load(
     if name == "sprites":
         data = from_sprites(task, source_size)
     elif name in known and has_splits(Path(data_dir) / name):
-        data = from_folder(Path(data_dir) / name, image_size, augment=name not in STRUCTURED)
+        data = from_folder(
+            Path(data_dir) / name, image_size, augment=name not in {*STRUCTURED, "svhn"}
+        )
     elif name in TORCHVISION:
         data = from_torchvision(name, Path(data_dir), image_size)
     elif Path(name).is_dir():
@@ -97,7 +111,7 @@ def take(data: Data, shots: int) -> Data:
     train, val = shots - shots // 5, shots // 5
     if shots < 5 or train > len(data.train) or val > len(data.val):
         raise ValueError(
-            f"--shots {shots} asks for {train} training and {val} validation pictures; this set "
+            f"{shots} labelled pictures are {train} for training and {val} for validation; this set "
             f"has {len(data.train)} and {len(data.val)}; at least 5 in all are needed"
         )
     return data._replace(
@@ -463,6 +477,7 @@ FGVC = {
 }
 # a crop or a flip would change what is asked: place, direction, distance or number
 STRUCTURED = {name for name, (group, _) in VTAB.items() if group == "structured"}
+SUITES = {"vtab": VTAB, "fgvc": FGVC}
 
 
 def suite(name: str, data_dir: str = "data") -> tuple[list[str], dict[str, str]]:
@@ -475,14 +490,11 @@ def suite(name: str, data_dir: str = "data") -> tuple[list[str], dict[str, str]]
     `whole`. Not VTAB's own are [us]: the 1000 pictures, which are the first of our shuffled order;
     the test pictures of eurosat, caltech101 and sun397, a random fifth; caltech101's classes,
     torchvision's 101 without the background. FGVC's sets have a fifth for validation where they
-    bring none. Raises ValueError for another name.
+    bring none.
     """
-    suites = {"vtab": VTAB, "fgvc": FGVC}
-    if name not in suites:
-        raise ValueError(f"suite '{name}' is unknown; choose one of {', '.join(suites)}")
     left_out = {
         task: reason
-        for task, (_, reason) in suites[name].items()
+        for task, (_, reason) in SUITES[name].items()
         if reason and not has_splits(Path(data_dir) / task)
     }
-    return [task for task in suites[name] if task not in left_out], left_out
+    return [task for task in SUITES[name] if task not in left_out], left_out

@@ -555,7 +555,7 @@ def compare(args: argparse.Namespace) -> None:
     job, _ = load_job(args, model, tokenizer)
     del model
 
-    def work(key: dict, journal: tuning.Journal) -> None:
+    def work(key: dict, journal: tuning.Journal) -> list[dict]:
         def train_one(own: argparse.Namespace, last: bool) -> tuple[nn.Module, dict]:
             model = adapted(load_model(own)[0], own)
             note = f"{own.method} seed {own.seed}"
@@ -564,7 +564,7 @@ def compare(args: argparse.Namespace) -> None:
             )[1]
 
         rates = LEARNING_RATES[key["method"]]
-        tuning.search(args, key, rates, train_one, job.read, journal)
+        return tuning.search(args, key, rates, train_one, job.read, journal)
 
     keys = [{"task": task, "model": name, "method": method} for method in LEARNING_RATES]
     args.out = args.out or f"runs/compare-{task}-{name}"

@@ -38,7 +38,7 @@ import sprites
 import tuning
 
 WEIGHTS = Path(__file__).parent / "weights"
-# [us] the grids of --compare; the first is the default, since validation on sprites chose it most
+# [us] the grids of --compare; the first is a single run's default
 LEARNING_RATES = {
     "linear": (1e-3, 1e-2, 1e-1),
     "bias": (1e-3, 5e-3, 2e-2),
@@ -48,19 +48,20 @@ LEARNING_RATES = {
     "ssf": (1e-3, 5e-3, 2e-2),
     "san": (1e-3, 5e-3, 2e-2),
 }
-SUITES = {"vtab": data_sets.VTAB, "fgvc": data_sets.FGVC}
-# --ablation: what differs from SAN as it is trained by default
+# the flags of --ablation's variants
+SAN = {"mode": "both", "shift": True, "norms": True, "gamma_std": 0.0, "wiring": "exact"}
 VARIANTS = {
-    "both, shift (SAN)": {},
-    "both": {"shift": False},
-    "feature, shift": {"mode": "feature"},
-    "feature": {"mode": "feature", "shift": False},
-    "propagation, shift": {"mode": "propagation"},
-    "propagation": {"mode": "propagation", "shift": False},
-    "SAN, norms frozen": {"norms": False},
-    "SAN, γ from N(1, 0.02)": {"gamma_std": 0.02},
-    "SAN, authors' wiring": {"wiring": "authors"},
+    "both, shift (SAN)": SAN,
+    "both": SAN | {"shift": False},
+    "feature, shift": SAN | {"mode": "feature"},
+    "feature": SAN | {"mode": "feature", "shift": False},
+    "propagation, shift": SAN | {"mode": "propagation"},
+    "propagation": SAN | {"mode": "propagation", "shift": False},
+    "SAN, norms frozen": SAN | {"norms": False},
+    "SAN, γ from N(1, 0.02)": SAN | {"gamma_std": 0.02},
+    "SAN, authors' wiring": SAN | {"wiring": "authors"},
 }
+FOR_VIT = ("vpt", "SAN, authors' wiring")
 
 
 def arguments(words: list[str] | None = None) -> argparse.Namespace:
@@ -69,9 +70,13 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     add = p.add_argument
-    names = ", ".join(["sprites", *data_sets.TORCHVISION, *SUITES])
+    names = ", ".join(["sprites", *data_sets.TORCHVISION, *data_sets.SUITES])
     add("--dataset", default="sprites", help=f"{names}, or a folder with train/, test/")
-    add("--protocol", choices=["vtab1k"], help="choose on 200 of 1000 labels, train on all 1000")
+    add(
+        "--protocol",
+        choices=["vtab1k"],
+        help="choose on 200 of 1000 labels, train on all; 100 epochs",
+    )
     tasks = ["source", *sprites.TASKS, "all"]
     add("--task", default="shape", choices=tasks, help="of sprites; 'all' for tables")
     add("--data-dir", default="data", help="of torchvision's sets, and folders of other tasks")
@@ -84,13 +89,17 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     add("--workers", type=int, help="processes that load pictures")
     add("--prompts", type=tuning.positive, default=10, help="of vpt, before every block")
     add("--ablation", action="store_true", help="SAN's variants compared, as --compare does")
-    add("--table", nargs="+", metavar="FILE", help="results.jsonl files as Markdown tables")
-    add("--plot", nargs="+", metavar="RUN", help="draw runs and comparisons, into --out")
+    add("--compile", action="store_true", help="torch.compile what is trained")
+    add("--table", nargs="+", metavar="RUN", help="comparisons' results.jsonl as Markdown tables")
+    add("--plot", nargs="+", metavar="RUN", help="pictures of runs and comparisons, into --out")
     tuning.add_flags(p, list(LEARNING_RATES), epochs=None, batch=32)
     args = p.parse_args(words)
     drawn = args.dataset == "sprites"
+    args.protocol = args.protocol or ("vtab1k" if args.dataset == "vtab" else None)
     args.epochs = args.epochs or (100 if args.protocol else 20)  # 100: [P, S]
     args.model = args.model or ["vit_micro" if drawn else "vit_b16"]
+    if args.ablation and (args.compare or args.protocol or args.method != "san"):
+        p.error("--ablation compares SAN's variants, without --compare, --protocol or --method")
     if args.protocol and args.shots:
         p.error("--protocol vtab1k says how many pictures are labelled; leave --shots out")
     if not tabulates(args) and (len(args.model) > 1 or args.task == "all"):
@@ -103,7 +112,7 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
 
 def tabulates(args: argparse.Namespace) -> bool:
     """Is a table of many runs asked for, with learning rates searched, rather than one run?"""
-    return bool(args.compare or args.ablation or args.protocol or args.dataset in SUITES)
+    return bool(args.compare or args.ablation or args.protocol or args.dataset in data_sets.SUITES)
 
 
 def main() -> None:
@@ -121,7 +130,10 @@ def main() -> None:
 def load_data(args: argparse.Namespace, task: str, model: str) -> data_sets.Data:
     size = args.image_size or models.SIZES[model][1]
     if args.dataset == "sprites" and size != sprites.PIXELS:
-        raise ValueError(f"sprites are {sprites.PIXELS} px; take a micro model, not {model}")
+        raise ValueError(
+            f"sprites are {sprites.PIXELS} px, and {model} reads {size}; take a micro model, "
+            "without --image-size"
+        )
     shots = 1000 if args.protocol else args.shots
     data = data_sets.load(args.dataset, task, args.data_dir, size, shots)
     return (data_sets.unaugmented(data) if args.protocol else data).to(args.device)
@@ -157,7 +169,6 @@ def loader(pictures: Dataset, args: argparse.Namespace, shuffle: bool = False) -
         batch_size=batch,
         shuffle=shuffle,
         num_workers=workers,
-        persistent_workers=shuffle and workers > 0,  # starting them takes seconds an epoch
         pin_memory=args.device.type == "cuda",
     )
 
@@ -209,7 +220,7 @@ def probe(model: nn.Module, data: data_sets.Data, args, note: str) -> tuple[nn.M
         for split in (data.plain, data.val)
     ]
     head = copy.deepcopy(model.head).requires_grad_(True)
-    args = argparse.Namespace(**vars(args) | {"amp": False, "resume": False})
+    args = argparse.Namespace(**vars(args) | {"amp": False, "compile": False, "resume": False})
     history = train(head, splits[0], splits[1], data.factors, args, None, note)
     return head, history
 
@@ -217,10 +228,14 @@ def probe(model: nn.Module, data: data_sets.Data, args, note: str) -> tuple[nn.M
 def train(model, train_split, val_split, factors, args, out, note) -> list[dict]:
     """tuning.fit on pictures, or on their features; without a val_split nothing is validated."""
 
-    def loss_of(model: nn.Module, batch: tuple) -> Tensor:
+    if args.compile:
+        torch.compiler.reset()  # it gives up on a class of which it has compiled several models
+    forward = torch.compile(model) if args.compile else model
+
+    def loss_of(_, batch: tuple) -> Tensor:
         inputs, labels = batch
         labels = labels.to(args.device, non_blocking=True)
-        return factor_loss(model(prepare(inputs, args.device)).float(), labels, factors)
+        return factor_loss(forward(prepare(inputs, args.device)).float(), labels, factors)
 
     def validate(model: nn.Module) -> float:
         return score(model, val_split, factors, args)
@@ -310,7 +325,7 @@ def evaluate_run(args: argparse.Namespace) -> None:
     if saved.method == "vpt":  # the one method whose merged model is not the base model's kind
         tuning.adapt(model, "vpt", saved)
     checkpoints.load_backbone(model, state, head=True)
-    model.to(args.device)
+    model = on_device(model, args.device)
     print(f"test accuracy of {path}  {100 * score(model, data.test, data.factors, saved):.2f} %")
 
 
@@ -332,8 +347,10 @@ def compare(args: argparse.Namespace) -> None:
         for name in args.model
         for task, (_, group) in sets.items()
         for method in methods
-        if models.SIZES[name][0] is models.ViT or method not in ("vpt", "SAN, authors' wiring")
+        if models.SIZES[name][0] is models.ViT or method not in FOR_VIT
     ]
+    if not keys:
+        raise ValueError(f"{args.method} is for a ViT's tokens alone; give --model vit_… with it")
     for method in methods:
         grid = [args.lr] if args.lr else LEARNING_RATES["san" if args.ablation else method]
         print(f"learning rates for {method}: {', '.join(f'{rate:g}' for rate in grid)}")
@@ -341,22 +358,26 @@ def compare(args: argparse.Namespace) -> None:
     @functools.lru_cache(maxsize=1)
     def load(task: str, name: str) -> data_sets.Data:
         own = sets[task][0]
-        data = load_data(own, own.task, name)
+        try:
+            data = load_data(own, own.task, name)
+        except (OSError, ValueError):
+            lacking.add(task)
+            raise
         print(f"{task}: {len(data.train)} + {len(data.val)} labelled, {len(data.test)} to test")
         return data
 
-    def work(key: dict, journal: tuning.Journal) -> None:
+    def work(key: dict, journal: tuning.Journal) -> list[dict]:
         if key["task"] in lacking:
-            return
+            return []
         try:
-            measure(key, journal)
-        except OSError as error:
-            lacking.add(key["task"])
-            if len(lacking) == len(sets):
+            return measure(key, journal)
+        except (OSError, ValueError) as error:
+            if key["task"] not in lacking or len(lacking) == len(sets):
                 raise
             print(f"left out: {key['task']}, {error}")
+            return []
 
-    def measure(key: dict, journal: tuning.Journal) -> None:
+    def measure(key: dict, journal: tuning.Journal) -> list[dict]:
         variant = VARIANTS[key["method"]] | {"method": "san"} if args.ablation else {}
 
         def train_one(own: argparse.Namespace, last: bool) -> tuple[nn.Module, dict]:
@@ -372,7 +393,7 @@ def compare(args: argparse.Namespace) -> None:
             return read_test(model, load(key["task"], key["model"]), args)
 
         grid = LEARNING_RATES["san" if args.ablation else key["method"]]
-        tuning.search(args, key, grid, train_one, read, journal, again=bool(args.protocol))
+        return tuning.search(args, key, grid, train_one, read, journal, again=bool(args.protocol))
 
     kind = args.protocol or ("ablation" if args.ablation else "compare")
     args.out = args.out or f"runs/{kind}-{name_of(args, args.task)}"
@@ -382,13 +403,13 @@ def compare(args: argparse.Namespace) -> None:
 def tasks_of(args: argparse.Namespace) -> dict[str, tuple[argparse.Namespace, str | None]]:
     """What the tables call a task → the flags that load it, and the group it is averaged with."""
     names, left_out = [args.dataset], {}
-    if args.dataset in SUITES:
+    if args.dataset in data_sets.SUITES:
         names, left_out = data_sets.suite(args.dataset, args.data_dir)
     for name, reason in left_out.items():
         print(
             f"left out: {name}, {reason}; as a folder {Path(args.data_dir) / name}/ it takes part"
         )
-    groups = SUITES.get(args.dataset, data_sets.VTAB if args.protocol else {})
+    groups = data_sets.SUITES.get(args.dataset, data_sets.VTAB if args.protocol else {})
     tasks = sprites.TASKS if args.dataset == "sprites" and args.task == "all" else [args.task]
     sets = [
         argparse.Namespace(**vars(args) | {"dataset": n, "task": t}) for n in names for t in tasks
@@ -397,11 +418,12 @@ def tasks_of(args: argparse.Namespace) -> dict[str, tuple[argparse.Namespace, st
 
 
 def print_tables(args: argparse.Namespace) -> None:
-    """The tables of what --compare, --ablation and --protocol left in files args.table."""
-    for path in args.table:
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"there is no file {path}; give results.jsonl of a comparison")
-    lines = [line for path in args.table for line in tuning.read_results(Path(path))]
+    """The tables of what --compare, --ablation and --protocol left in args.table."""
+    paths = [Path(run) / "results.jsonl" if Path(run).is_dir() else Path(run) for run in args.table]
+    for path in paths:
+        if not path.is_file():
+            raise FileNotFoundError(f"there is no file {path}; give a comparison's folder")
+    lines = [line for path in paths for line in tuning.read_results(path)]
     print(tuning.tables(lines))
 
 
@@ -409,13 +431,20 @@ def print_tables(args: argparse.Namespace) -> None:
 
 
 def draw(args: argparse.Namespace) -> None:
-    """PNGs of the runs args.plot, in args.out or beside the first of them."""
+    """PNGs of the runs args.plot, in args.out or in the first of them."""
 
     def base_of(config: dict) -> dict[str, Tensor]:
+        if "model" not in config or config["weights"] == "none":  # train_lm's, or no base at all
+            return {}
         saved = argparse.Namespace(**config)
-        return load_model(saved, saved.model[0], factors=[1]).state_dict()
+        try:
+            return load_model(saved, saved.model[0], factors=[1]).state_dict()
+        except (OSError, ValueError) as error:
+            print(f"change.png goes without {saved.method}: {error}")
+            return {}
 
     runs = [Path(run) for run in args.plot]
+    runs = [run.parent if run.name == "results.jsonl" else run for run in runs]
     for path in plot.draw(runs, Path(args.out or runs[0]), base_of):
         print(f"saved {path}")
 

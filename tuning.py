@@ -23,8 +23,6 @@ from tqdm import tqdm
 import models
 import san
 
-METHODS = ("linear", "bias", "full", "vpt", "lora", "dora", "ssf", "san", "san+lora", "san+dora")
-
 # --------------------------------------------------------------------------------------- methods
 
 
@@ -125,8 +123,8 @@ def adapt(model: nn.Module, method: str, args: argparse.Namespace) -> None:
     linear: the head, and a LLaMA's last norm (where head and embedding are one matrix, that);
     bias: the biases; full: all; vpt: args.prompts tokens before every block of a ViT;
     san, ssf: γ (and β) of the linked layers and, with args.norms, the norms [C], ssf being feature
-    scaling alone with a shift [S]; SAN's γ start at 1, or normally distributed around it with
-    args.gamma_std; lora, dora: an update of low rank on the linked layers, of a
+    scaling alone with a shift [S]; γ start at 1, SAN's with args.gamma_std around it, as SSF's own
+    code has them (0.02) [S]; lora, dora: an update of low rank on the linked layers, of a
     LLaMA on its LOW_RANK layers; san+lora, san+dora [P]: that update inside SAN's two diagonals,
     which act on the updated weight [us]. The rank is args.rank and α equals it [us]. dora and the
     last two are for nn.Linear alone.
@@ -205,12 +203,11 @@ def add_flags(p: argparse.ArgumentParser, methods: Iterable[str], epochs: int, b
     add("--seed", type=int, default=0, help="0 … 9999")
     add("--device", default="auto", help="cpu, cuda, …")
     add("--amp", action=yes_no, help="bfloat16 autocast; by default on a GPU that has it")
-    add("--compile", action="store_true", help="torch.compile the training step's model")
     add("--out", help="default: runs/<data>-<model>-<method>-seed<k>")
     add("--resume", action="store_true", help="go on from the last checkpoint in --out")
     add("--evaluate", metavar="RUN", help="score a saved run again, train nothing")
     add("--compare", action="store_true", help="all methods, learning rates searched; one table")
-    add("--seeds", type=positive, default=3, help="of --compare")
+    add("--seeds", type=positive, default=3, help="how many, where tables are made")
 
 
 def check_flags(p: argparse.ArgumentParser, args: argparse.Namespace, many: bool) -> None:
@@ -304,7 +301,6 @@ def fit(
     if checkpoint and args.resume:
         history = resume(checkpoint, model, optimizer, args)
     steps, warmup = args.epochs * len(loader), round(args.warmup_epochs * len(loader))
-    step_model = torch.compile(model) if args.compile else model
     for epoch in range(len(history), args.epochs):
         torch.manual_seed(args.seed * 100_003 + epoch)
         model.train()
@@ -316,7 +312,7 @@ def fit(
                 for group in optimizer.param_groups:
                     group["lr"] = rate
                 with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
-                    loss = loss_of(step_model, batch)
+                    loss = loss_of(model, batch)
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
@@ -335,11 +331,9 @@ def fit(
             content = {"settings": settings(args), "history": history}
             content |= {"model": trained_state(model), "optimizer": optimizer.state_dict()}
             san.write(content, checkpoint)
-            tqdm.write(
-                f"{label}  loss {record['loss']:.3f}  validation {100 * record['val']:.1f} %  "
-                f"{seen / seconds:.0f} {unit}/s",
-                file=sys.stdout,
-            )
+            validated = "" if val is None else f"validation {100 * val:.1f} %  "
+            speed = f"{seen / seconds:.0f} {unit}/s"
+            tqdm.write(f"{label}  loss {record['loss']:.3f}  {validated}{speed}", file=sys.stdout)
     return history
 
 
@@ -356,18 +350,8 @@ def require_finite(
 
 
 def settings(args: argparse.Namespace) -> dict:
-    """The settings that decide a run's numbers; where it writes and how it loads do not."""
-    free = (
-        "out",
-        "resume",
-        "device",
-        "workers",
-        "data_dir",
-        "evaluate",
-        "compare",
-        "table",
-        "plot",
-    )
+    """The settings that decide a run's numbers; where it reads and writes does not."""
+    free = ("out", "resume", "device", "data_dir", "evaluate", "compare", "table", "plot")
     return {key: value for key, value in vars(args).items() if key not in free}
 
 
@@ -624,11 +608,15 @@ class Journal:
 
         Raises OSError if the file is broken or its folder cannot be made.
         """
-        self.path, self.options, self.lines = path, options, read_results(path)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            text = path.read_text() if path.exists() else ""
         except OSError as error:
             raise OSError(f"could not write {path}: {error.strerror}") from error
+        whole = text[: text.rfind("\n") + 1]
+        if whole != text:  # a last line that the power or the disk cut off
+            write_text(whole, path)
+        self.path, self.options, self.lines = path, options, read_results(path)
 
     def find(self, key: dict) -> list[dict]:
         """The lines that hold all of `key`, and were made with these options."""
@@ -666,8 +654,10 @@ def search(
     read: Callable[[nn.Module], tuple[Tensor, dict]],
     journal: Journal,
     again: bool = False,
-) -> None:
+) -> list[dict]:
     """Choose a method's learning rate on validation, then train and score it with every seed.
+
+    Returns the journal's lines of the scored runs.
 
     key: the task, model and method; rates: those to choose from; args.lr, if given, is the only
     one. train(args, last): a model and its figures, at args.lr and args.seed; last is False while
@@ -701,30 +691,33 @@ def search(
             tried[rate] = lines[0]["val"]
     if not tried:
         raise FloatingPointError(f"{key['method']} stayed finite at no learning rate of {rates}")
-    rate = max(tried, key=tried.get)
+    rate, scored = max(tried, key=tried.get), []
     for seed in range(args.seeds):
         run = key | {"part": "test", "lr": rate, "seed": seed}
-        if journal.find(run):
+        if lines := journal.find(run):
+            scored.append(lines[-1])
             continue
         if seed == 0 and kept and kept[0] == rate and not again:
             _, model, figures = kept
         else:
             model, figures = trained(rate, seed, last=True)
-        journal.add(run | figures | score_and_merge(model, read))
+        scored.append(journal.add(run | figures | score_and_merge(model, read)))
+    return scored
 
 
 def compare(
-    args: argparse.Namespace, out: Path, keys: list[dict], work: Callable[[dict, Journal], None]
+    args: argparse.Namespace,
+    out: Path,
+    keys: list[dict],
+    work: Callable[[dict, Journal], list[dict]],
 ) -> None:
     """Tables of work(key, journal), a `search`, for every key: task, model and method.
 
     What is done is kept in results.jsonl, run by run, and not done again by the same command.
     """
-    options = settings(args) | dict.fromkeys(("task", "dataset", "model", "method", "seeds"))
+    options = settings(args) | dict.fromkeys(("task", "model", "method", "seeds"))
     journal = Journal(out / "results.jsonl", options)
-    for key in keys:
-        work(key, journal)
-    lines = [line for key in keys for line in journal.find(key) if line["seed"] < args.seeds]
+    lines = [line for key in keys for line in work(key, journal)]
     command = shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
     text = f"`{command}`\n\n{tables(lines)}"
     write_text(text, out / "table.md")
@@ -743,27 +736,28 @@ def tables(lines: list[dict]) -> str:
         raise ValueError("there is no scored run to tabulate")
     options = [line["options"] for line in lines]
     differ = [k for k in options[0] if any(own.get(k) != options[0][k] for own in options)]
-    runs: dict[tuple, dict[str, list[dict]]] = {}  # model and method → task → seeds
+    runs: dict[tuple, dict[str, dict]] = {}  # model and method → task → seed → line
     for line in lines:
         own = [f"{key} {line['options'].get(key)}" for key in differ]
         by_task = runs.setdefault((line["model"], ", ".join([line["method"], *own])), {})
-        by_task.setdefault(line["task"], []).append(line)
+        by_task.setdefault(line["task"], {})[line["seed"]] = line
     group_of = {line["task"]: line.get("group") for line in lines}
     means = {group: [t for t in group_of if group_of[t] == group] for group in group_of.values()}
     means = {g: own for g, own in means.items() if g} | {"mean": list(group_of)}
     means = means if len(group_of) > 1 else {}
     short, long = [], []
     for (model, method), by_task in runs.items():
-        accuracies = {task: [run["test"] for run in own] for task, own in by_task.items()}
-        first = next(iter(by_task.values()))[0]
-        row = {"model": model, "method": method, "trained": f"{first['percent']:.2f} %"}
+        seeds = {task: list(own.values()) for task, own in by_task.items()}
+        accuracies = {task: [run["test"] for run in own] for task, own in seeds.items()}
+        percent = next(iter(seeds.values()))[0]["percent"]
+        row = {"model": model, "method": method, "trained": f"{percent:.2f} %"}
         row |= {t: spread(accuracies[t]) if t in accuracies else "" for t in group_of}
         for name, own in means.items():
             whole = all(task in accuracies for task in own)
             each = [statistics.mean(accuracies[task]) for task in own] if whole else []
             row[name] = f"{100 * statistics.mean(each):.1f}" if whole else ""
         short.append(row)
-        long += [detail(own) | {"method": method} for own in by_task.values()]
+        long += [detail(own) | {"method": method} for own in seeds.values()]
     return markdown(short) + "\n" + markdown(long)
 
 

@@ -952,11 +952,6 @@ def test_a_suite_is_what_torchvision_has_and_the_folders_that_are_there(name, ta
     assert fewer == {task: reason for task, reason in left_out.items() if task != some}
 
 
-def test_an_unknown_suite_is_refused_with_the_choices():
-    with pytest.raises(ValueError, match="'vtab2'.*vtab, fgvc"):
-        data.suite("vtab2")
-
-
 @pytest.mark.parametrize("task", ["resisc45", "stanford_dogs", "dtd", "dsprites_loc"])
 def test_a_tasks_own_folder_is_read(task, folder):
     pictures = some_pictures(2, train=20, test=6)

@@ -203,6 +203,19 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(
     assert all(torch.equal(whole[key], parts[key]) for key in whole)
 
 
+def test_a_resumed_run_draws_the_same_pictures_where_workers_load_them(
+    flags, tmp_path, monkeypatch
+):
+    flags = [*flags, "--workers", 2]
+    assert command(*flags, "--out", tmp_path / "whole") == 0
+    with monkeypatch.context() as patch:
+        stop_after(1, patch)
+        assert command(*flags, "--out", tmp_path / "parts") == 130
+    assert command(*flags, "--out", tmp_path / "parts", "--resume") == 0
+    whole, parts = (without_times(metrics(tmp_path / run)) for run in ("whole", "parts"))
+    assert whole == parts
+
+
 def test_resume_refuses_other_settings(flags, tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         stop_after(1, patch)
@@ -307,7 +320,8 @@ def test_the_protocol_chooses_on_the_fifth_and_then_trains_on_all(
     assert command("--table", tmp_path / "results.jsonl") == 0
     table = capsys.readouterr().out
     assert table.count("| linear |") == table.count("| san |") == 2
-    assert train_vision.arguments(["--protocol", "vtab1k"]).epochs == 100
+    assert train_vision.arguments(["--dataset", "vtab"]).protocol == "vtab1k"
+    assert train_vision.arguments(["--dataset", "vtab"]).epochs == 100
 
 
 def test_a_suite_runs_what_there_is_and_says_what_it_left_out(
@@ -324,7 +338,9 @@ def test_a_suite_runs_what_there_is_and_says_what_it_left_out(
     monkeypatch.setattr("urllib.request.urlopen", no_network)
     some = {name: entry for name, entry in train_vision.data_sets.VTAB.items() if name in names}
     monkeypatch.setattr(train_vision.data_sets, "VTAB", some)
-    monkeypatch.setitem(train_vision.SUITES, "vtab", some)
+    monkeypatch.setitem(train_vision.data_sets.SUITES, "vtab", some)
+    take = train_vision.data_sets.take
+    monkeypatch.setattr(train_vision.data_sets, "take", lambda data, shots: take(data, shots // 25))
     words = [*flags[2:], "--dataset", "vtab", "--data-dir", tmp_path, "--epochs", 1, "--seeds", 1]
     assert command(*words, "--out", tmp_path / "out") == 0
     printed = capsys.readouterr().out
@@ -337,6 +353,26 @@ def test_a_suite_runs_what_there_is_and_says_what_it_left_out(
     words[words.index("--data-dir") + 1] = tmp_path / "nothing"
     assert command(*words, "--out", tmp_path / "none") == 1
     assert "could not open or download dtd" in capsys.readouterr().err
+
+
+def test_pictures_of_runs_and_of_a_comparison(flags, tmp_path, capsys):
+    pytest.importorskip("matplotlib", reason="it draws the pictures")
+    runs = [tmp_path / "san", tmp_path / "full"]
+    assert command(*flags, "--out", runs[0]) == 0
+    assert command(*flags, "--method", "full", "--weights", "none", "--out", runs[1]) == 0
+    table = ["--epochs", 1, "--seeds", 1, "--lr", "1e-3", "--out", tmp_path / "table"]
+    assert command(*flags, *table, "--compare") == 0
+    capsys.readouterr()
+    results = tmp_path / "table" / "results.jsonl"
+    assert command("--plot", *runs, results, "--out", tmp_path / "out") == 0
+    names = ["curves.png", "accuracy.png", "gamma.png", "change.png"]
+    printed = capsys.readouterr().out.splitlines()
+    assert printed == [f"saved {tmp_path / 'out' / name}" for name in names]
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {*names}
+    assert command("--plot", runs[1], "--out", tmp_path / "one") == 0  # no base to compare with
+    assert {path.name for path in (tmp_path / "one").iterdir()} == {"curves.png"}
+    assert command("--plot", tmp_path / "nothing") == 1
+    assert "no finished run" in capsys.readouterr().err
 
 
 def test_tables_of_files_that_are_missing_or_empty_are_refused(tmp_path, capsys):
@@ -434,9 +470,11 @@ def test_weights_that_cannot_be_used_are_refused(kind, code, words, flags, tmp_p
         (["--batch-size", "0"], 2, "above 0"),
         (["--protocol", "vtab1k", "--shots", "100"], 2, "leave --shots out"),
         (["--compare", "--seed", "3"], 2, "takes --seeds"),
+        (["--ablation", "--compare"], 2, "SAN's variants"),
+        (["--protocol", "vtab1k", "--method", "vpt", "--model", "convnext_micro"], 2, "for a ViT"),
         (["--gamma-std", "-1"], 2, "--gamma-std must be"),
         (["--method", "vpt", "--model", "convnext_micro"], 2, "ViT's tokens"),
-        (["--shots", "4000"], 2, "asks for 3200 training and 800 validation pictures"),
+        (["--shots", "4000"], 2, "4000 labelled pictures are 3200 for training and 800 for"),
         (["--lr", "-1"], 2, "--lr must be"),
         (["--warmup-epochs", "50"], 2, "--warmup-epochs"),
         (["--resume"], 2, "no checkpoint"),

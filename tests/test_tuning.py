@@ -413,6 +413,14 @@ def test_a_search_that_was_stopped_goes_on_run_by_run(tmp_path):
     assert lines == whole
 
 
+def test_a_line_that_was_cut_off_is_made_again(tmp_path):
+    whole = searched(tmp_path)[1]
+    path = tmp_path / "results.jsonl"
+    path.write_text(path.read_text()[:-20])
+    made, lines = searched(tmp_path)
+    assert made == [(2, 1, True)] and lines == whole
+
+
 def test_the_chosen_rate_is_trained_anew_where_the_last_training_differs(tmp_path):
     made, lines = searched(tmp_path, again=True)
     assert made[3:] == [(2, 0, True), (2, 1, True)]
@@ -475,7 +483,7 @@ def test_training_keeps_state_for_what_is_trained_alone_and_the_rest_in_its_plac
     start = {name: value.clone() for name, value in tuning.trained_state(model).items()}
     loader = DataLoader(TensorDataset(random_tokens()), batch_size=2)
     loop = dict(lr=1e-3, weight_decay=0.0, epochs=2, warmup_epochs=0, seed=0)
-    args = argparse.Namespace(**loop, amp=False, compile=False, resume=False)
+    args = argparse.Namespace(**loop, amp=False, resume=False)
 
     def loss_of(model: nn.Module, batch: list) -> torch.Tensor:
         return model(batch[0]).float().square().mean()
