@@ -564,7 +564,7 @@ def test_compare_goes_on_where_it_was_stopped_and_writes_one_row_a_method(
     with monkeypatch.context() as patch:
         patch.setattr(tuning, "search", stopping)
         assert command(*words) == 130
-    assert "every finished method is kept" in capsys.readouterr().err
+    assert "every finished run is kept" in capsys.readouterr().err
     monkeypatch.setattr(
         tuning,
         "search",
