@@ -111,8 +111,8 @@ def take(data: Data, shots: int) -> Data:
     train, val = shots - shots // 5, shots // 5
     if shots < 5 or train > len(data.train) or val > len(data.val):
         raise ValueError(
-            f"{shots} labelled pictures are {train} for training and {val} for validation; this set "
-            f"has {len(data.train)} and {len(data.val)}; at least 5 in all are needed"
+            f"{shots} labelled pictures are {train} for training and {val} for validation; this "
+            f"set has {len(data.train)} and {len(data.val)}; at least 5 in all are needed"
         )
     return data._replace(
         train=subset(data.train, 0, train),
