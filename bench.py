@@ -70,8 +70,9 @@ def report(name: str, args: argparse.Namespace, device: torch.device) -> None:
     """Print the ratios of one model."""
     torch.manual_seed(0)
     build, rank, methods = MODELS[name]
-    options = argparse.Namespace(wiring="exact", mode="both", shift=name == "vit", rank=rank)
-    options.norms, options.gamma_std = True, 0.0
+    options = argparse.Namespace(
+        wiring="exact", mode="both", norms=True, gamma_std=0.0, shift=name == "vit", rank=rank
+    )
     base, inputs, labels = (x.to(device) for x in build(args.depth, args.batch_size))
 
     def stepper(method: str):

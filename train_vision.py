@@ -351,9 +351,10 @@ def compare(args: argparse.Namespace) -> None:
     ]
     if not keys:
         raise ValueError(f"{args.method} is for a ViT's tokens alone; give --model vit_… with it")
-    for method in methods:
-        grid = [args.lr] if args.lr else LEARNING_RATES["san" if args.ablation else method]
-        print(f"learning rates for {method}: {', '.join(f'{rate:g}' for rate in grid)}")
+    grids = {method: LEARNING_RATES["san" if args.ablation else method] for method in methods}
+    for method, grid in grids.items():
+        rates = [args.lr] if args.lr else grid
+        print(f"learning rates for {method}: {', '.join(f'{rate:g}' for rate in rates)}")
 
     @functools.lru_cache(maxsize=1)
     def load(task: str, name: str) -> data_sets.Data:
@@ -392,7 +393,7 @@ def compare(args: argparse.Namespace) -> None:
         def read(model: nn.Module) -> tuple[Tensor, dict]:
             return read_test(model, load(key["task"], key["model"]), args)
 
-        grid = LEARNING_RATES["san" if args.ablation else key["method"]]
+        grid = grids[key["method"]]
         return tuning.search(args, key, grid, train_one, read, journal, again=bool(args.protocol))
 
     kind = args.protocol or ("ablation" if args.ablation else "compare")
