@@ -94,7 +94,7 @@ class ViT(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         return self.head(self.features(images))
 
-    def links(self, wiring: str = "exact") -> list[Link]:
+    def links(self, wiring: str = "san") -> list[Link]:
         """The links of every layer but the head.
 
         layer      exact (our reading of the paper)        authors (their v1 code)
@@ -106,9 +106,9 @@ class ViT(nn.Module):
         fc1        attn.proj, through residual and norm    attn.proj
         fc2        fc1, through GELU                       fc1
         """
-        if wiring not in ("exact", "authors"):
-            raise ValueError(f"wiring '{wiring}' is unknown; choose 'exact' or 'authors'")
-        exact = wiring == "exact"
+        if wiring not in ("san", "authors"):
+            raise ValueError(f"wiring '{wiring}' is unknown; choose 'san' or 'authors'")
+        exact = wiring == "san"
         dim = self.head.in_features
         value_third = range(2 * dim, 3 * dim)
         links, stream = [Link("patch_embed")], "patch_embed"
@@ -205,7 +205,7 @@ class ConvNeXt(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         return self.head(self.features(images))
 
-    def links(self, wiring: str = "exact") -> list[Link]:
+    def links(self, wiring: str = "san") -> list[Link]:
         """The links of every layer but the head: each layer's anterior is the layer before it.
 
         layer            anterior
@@ -215,10 +215,10 @@ class ConvNeXt(nn.Module):
         pwconv2          pwconv1, through GELU
         downsample conv  the stage's last pwconv2
 
-        Raises ValueError for a wiring other than "exact": the authors' v1 code wires ViTs.
+        Raises ValueError for a wiring other than "san": the authors' v1 code wires ViTs.
         """
-        if wiring != "exact":
-            raise ValueError(f"wiring '{wiring}' is defined for ViT alone; choose 'exact'")
+        if wiring != "san":
+            raise ValueError(f"wiring '{wiring}' is defined for ViT alone; choose 'san'")
         links, stream = [Link("stem.0")], "stem.0"
         for i, stage in enumerate(self.stages):
             if i:
@@ -377,7 +377,7 @@ class Swin(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         return self.head(self.features(images))
 
-    def links(self, wiring: str = "exact") -> list[Link]:
+    def links(self, wiring: str = "san") -> list[Link]:
         """The links of every layer but the head.
 
         layer      anterior
@@ -388,10 +388,10 @@ class Swin(nn.Module):
         fc2        fc1, through GELU
         reduction  the stage's last fc2, its channels repeated for each of the 4 neighbours
 
-        Raises ValueError for a wiring other than "exact": the authors' v1 code wires ViTs.
+        Raises ValueError for a wiring other than "san": the authors' v1 code wires ViTs.
         """
-        if wiring != "exact":
-            raise ValueError(f"wiring '{wiring}' is defined for ViT alone; choose 'exact'")
+        if wiring != "san":
+            raise ValueError(f"wiring '{wiring}' is defined for ViT alone; choose 'san'")
         links, stream = [Link("patch_embed")], "patch_embed"
         for i, stage in enumerate(self.stages):
             dim = len(stage[0].norm1.weight)
@@ -637,7 +637,7 @@ class LLaMA(nn.Module):
         """As `features`, then the head: logits, B×N×V."""
         return self.head(self.features(tokens, positions, mask, cache))
 
-    def links(self, wiring: str = "exact") -> list[Link]:
+    def links(self, wiring: str = "san") -> list[Link]:
         """The links of every layer but the head.
 
         layer             anterior
@@ -648,10 +648,10 @@ class LLaMA(nn.Module):
         gate, up_proj     o_proj, through residual and norm
         down_proj         up_proj: silu(g) ⊙ (γ ⊙ u) = γ ⊙ (silu(g) ⊙ u) is exact
 
-        Raises ValueError for a wiring other than "exact": the authors' v1 code wires ViTs.
+        Raises ValueError for a wiring other than "san": the authors' v1 code wires ViTs.
         """
-        if wiring != "exact":
-            raise ValueError(f"wiring '{wiring}' is defined for ViT alone; choose 'exact'")
+        if wiring != "san":
+            raise ValueError(f"wiring '{wiring}' is defined for ViT alone; choose 'san'")
         group, d = self.heads // self.kv_heads, self.head_dim
         value_of = [head // group * d + c for head in range(self.heads) for c in range(d)]
         links, stream = [], None

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from lab import questions
+
 
 @pytest.fixture(scope="module")
 def one_thread():
@@ -11,3 +13,8 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> questions.Tokenizer:
+    return questions.microworld_tokenizer()

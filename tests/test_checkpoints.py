@@ -31,8 +31,7 @@ from tiny import (
 )
 from torch import Tensor, nn
 
-import checkpoints
-import data
+from lab import batches, checkpoints
 from models import ViT
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -192,7 +191,7 @@ def test_the_published_vit_reads_bytes_as_its_authors_code_does():
     pixels = torch.randint(256, (3, 3, 32, 32), generator=torch.Generator().manual_seed(0))
     expected = jax_vit(arrays, pixels.permute(0, 2, 3, 1) / 255)
     assert expected.std() > 0.3
-    features = own.features(data.to_input(pixels.byte()))
+    features = own.features(batches.to_input(pixels.byte()))
     torch.testing.assert_close(features.double(), expected, atol=2e-5, rtol=0)
 
 

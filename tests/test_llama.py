@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-import checkpoints
 import models
 import san
+from lab import checkpoints
 from models import LLAMA_MICRO, LLaMA
 from san import Link
 

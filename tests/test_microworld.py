@@ -12,10 +12,9 @@ from typing import NamedTuple
 
 import pytest
 
-import microworld
-import questions
 import train_lm
-from microworld import COUNTS, FAMILIES
+from lab import microworld, questions, scoring
+from lab.microworld import COUNTS, FAMILIES
 
 # a change of what the generator makes must be meant: the shipped weights have read this text
 DIGESTS = {
@@ -425,7 +424,7 @@ def test_the_right_answer_is_in_every_place_equally_often(family, split):
 @each_family
 def test_guesses_without_understanding_get_what_chance_gets(family):
     train, asked = ([question for _, question in asked_by(family, s)] for s in ("train", "test"))
-    shares = train_lm.guesses(train, asked)
+    shares = scoring.guesses(train, asked)
     assert shares.pop("chance") == pytest.approx(1 / OPTIONS[family])
     assert shares.keys() == {"constant", "position", "overlap"}
     assert all(abs(share - 1 / OPTIONS[family]) < 0.05 for share in shares.values()), shares
@@ -441,21 +440,21 @@ def test_guesses_find_what_gives_answers_away():
         asked(f"what is {what}?\n\n{boxes}", "answer1/answer2", answer)
         for what, answer in (("red", 0), ("blue", 1), ("a bag", 0))
     ]
-    shares = train_lm.guesses([asked("", "answer2/answer1", 0)], numbered)
+    shares = scoring.guesses([asked("", "answer2/answer1", 0)], numbered)
     assert shares["overlap"] == 1 and shares["constant"] == pytest.approx(1 / 3)
     assert shares["position"] == pytest.approx(2 / 3) and shares["chance"] == 0.5
     words = [asked("is a cat a cat?", "dog/cat", 1), asked("is a bird a bat?", "cat/bat/dog", 0)]
     learned = [asked("", "cat/dog", 0), asked("", "bat/cat", 1), asked("", "dog/bat", 0)]
-    shares = train_lm.guesses(learned, words)
+    shares = scoring.guesses(learned, words)
     assert shares["constant"] == 1 and shares["overlap"] == 0.5
-    assert train_lm.guesses([], words)["constant"] == pytest.approx((1 / 2 + 1 / 3) / 2)
+    assert scoring.guesses([], words)["constant"] == pytest.approx((1 / 2 + 1 / 3) / 2)
 
 
 def test_a_claim_that_repeats_what_was_said_is_guessed_to_be_true():
     text = questions.PROMPT.format(
         "Choose: The cat is there. Was the cat?\n\nAnswer format: true/false"
     )
-    assert train_lm.overlap_scores(questions.Question(text, "", ("true", "false"), 0))[0] > 0.5
+    assert scoring.overlap_scores(questions.Question(text, "", ("true", "false"), 0))[0] > 0.5
 
 
 @pytest.mark.parametrize("what", DIGESTS)

@@ -19,9 +19,9 @@ from tiny import (
 )
 from torch import nn
 
-import checkpoints
 import models
 import san
+from lab import checkpoints
 from models import SIZES, ConvNeXt, ConvNeXtBlock, Swin, SwinBlock, WindowAttention
 from san import Link
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import plot
+from lab import plot
 
 pytest.importorskip("matplotlib", reason="pictures need matplotlib, an extra")
 

@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import microworld
-import questions
+from lab import microworld, questions
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

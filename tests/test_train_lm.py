@@ -9,18 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from asking import CPU, QUESTIONS, TINY, args_for, asked, differences, naive_scores, tiny_model
 from running import command_of, metrics, stop_after, without_times
 
-import microworld
 import models
-import questions
 import san
 import train_lm
-import tuning
+from lab import methods, microworld, questions, scoring, tables
 
 ROOT = Path(__file__).parent.parent
-TINY = dict(dim=32, depth=2, heads=4, kv_heads=2, hidden=48, context=96)
-CPU = torch.device("cpu")
 each_method = pytest.mark.parametrize("method", train_lm.LEARNING_RATES)
 
 
@@ -28,24 +25,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 command = command_of(train_lm)
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> questions.Tokenizer:
-    return questions.microworld_tokenizer()
-
-
-@torch.no_grad()
-def tiny_model(vocab: int, **changes) -> models.LLaMA:
-    """A random LLaMA in which everything matters, its logits far from equal."""
-    torch.manual_seed(0)
-    model = models.LLaMA(vocab, **TINY | changes)
-    for name, parameter in model.named_parameters():
-        if "norm" in name:
-            parameter.normal_(mean=1, std=0.3)
-        else:
-            parameter.normal_(std=1 if "embed" in name else parameter.shape[1] ** -0.5)
-    return model.eval()
 
 
 @pytest.fixture(scope="module")
@@ -89,198 +68,6 @@ def finished(flags, tmp_path_factory) -> Path:
     return out
 
 
-def asked(text: str, options: list[str], answer: int = 0) -> questions.Question:
-    output = f"{microworld.OUTPUT} {options[answer]}"
-    return questions.Question(questions.PROMPT.format(text), output, tuple(options), answer)
-
-
-# one-token tails, tails of several tokens and of several lengths, bytes; prompts of many lengths
-QUESTIONS = [
-    asked("Is it?", ["true", "false"]),
-    asked("Which of the five? " * 5, [f"answer{i}" for i in range(1, 6)], 4),
-    asked("Which box?", ["the large box", "the small bag of the baker", "the bat"], 1),
-    asked("Où?", ["東京", "Zürich, près du château", "naïve", "x"], 2),
-    asked("Which ending follows?", ["ending1", "ending2", "ending3", "ending4"], 3),
-]
-
-
-def args_for(**changes) -> argparse.Namespace:
-    return argparse.Namespace(**{"batch_size": 2, "device": CPU, "score": "likelihood"} | changes)
-
-
-# ------------------------------------------------------------------------------------ the loss
-
-
-@torch.no_grad()
-def naive_loss(model: models.LLaMA, question: questions.Question, tokenizer) -> tuple[float, int]:
-    """−log p of the answer's tokens and the end after the prompt, summed; and how many they are."""
-    prompt, output = tokenizer.encode(question.prompt), tokenizer.encode(question.output)
-    tokens = torch.tensor([[*prompt, *output, tokenizer.end]])
-    logs = model(tokens)[0].double().log_softmax(-1)
-    places = range(len(prompt), tokens.shape[1])
-    return -sum(logs[i - 1, tokens[0, i]].item() for i in places), len(places)
-
-
-@torch.no_grad()
-def test_the_loss_is_over_the_answers_tokens_and_the_end_alone(model, tokenizer):
-    for question in QUESTIONS:
-        batch = train_lm.collate([train_lm.encode(question, tokenizer)])
-        total, count = naive_loss(model, question, tokenizer)
-        assert train_lm.token_loss(model, *batch).item() == pytest.approx(total / count, rel=1e-5)
-        tokens, labels = batch
-        learned = labels[labels != train_lm.IGNORE].tolist()
-        assert tokenizer.decode(learned) == question.output and learned[-1] == tokenizer.end
-        assert tokenizer.decode(tokens[0].tolist()) == question.prompt + question.output
-
-
-@torch.no_grad()
-def test_padding_changes_no_questions_loss(model, tokenizer):
-    pairs = [train_lm.encode(question, tokenizer) for question in QUESTIONS]
-    tokens, labels = train_lm.collate(pairs)
-    assert tokens.shape == labels.shape == (5, max(len(t) for t, _ in pairs) - 1)
-    sums, counts = zip(*(naive_loss(model, question, tokenizer) for question in QUESTIONS))
-    loss = train_lm.token_loss(model, tokens, labels)
-    assert loss.item() == pytest.approx(sum(sums) / sum(counts), rel=1e-5)
-    for row, (pair, _) in enumerate(pairs):
-        tokens[row, len(pair) - 1 :] = 300
-    assert torch.equal(train_lm.token_loss(model, tokens, labels), loss)
-
-
-def test_where_a_tokenizer_joins_prompt_and_answer_the_joint_is_learned():
-    joining = questions.Tokenizer(["\nthe"])
-    tokens, start = train_lm.encode(QUESTIONS[0], joining)
-    assert tokens[start] == 257 and joining.decode(tokens[start:]) == "\nthe correct answer is true"
-    assert joining.decode(tokens[:start]) == QUESTIONS[0].prompt.removesuffix("\n")
-
-
-# -------------------------------------------------------------------------------------- scores
-
-
-@torch.no_grad()
-def naive_scores(model, question: questions.Question, tokenizer) -> list[float]:
-    """log p(prompt and option), every option in a full sequence of its own."""
-    scores = []
-    for option in question.options:
-        tokens = tokenizer.encode(question.prompt + f"{microworld.OUTPUT} {option}")
-        logs = model(torch.tensor([tokens]))[0].double().log_softmax(-1)
-        scores.append(sum(logs[i - 1, tokens[i]].item() for i in range(1, len(tokens))))
-    return scores
-
-
-def differences(scores) -> list[float]:
-    """From the first: what all options share is left out."""
-    return [float(score) - float(scores[0]) for score in scores]
-
-
-@pytest.mark.parametrize("together", [1, 2, 5])
-def test_likelihoods_are_the_naive_ones_of_options_in_sequences_of_their_own(
-    together, model, tokenizer
-):
-    largest = 0
-    for first in range(0, len(QUESTIONS), together):
-        some = QUESTIONS[first : first + together]
-        branches = [train_lm.branch(question, tokenizer) for question in some]
-        found = train_lm.likelihoods(model, branches, CPU)
-        assert found.shape == (len(some), max(len(q.options) for q in some))
-        for row, question in zip(found, some, strict=True):
-            expected = differences(naive_scores(model, question, tokenizer))
-            count, largest = len(question.options), max(largest, *map(abs, expected))
-            assert differences(row[:count]) == pytest.approx(expected, abs=1e-4)
-            assert (row[count:] == train_lm.ABSENT).all()
-    assert largest > 1
-
-
-@pytest.mark.parametrize("method", ["ssf", "san", "san+dora"])
-def test_likelihoods_are_the_naive_ones_of_an_adapted_model(method, tokenizer):
-    model = tiny_model(len(tokenizer))
-    tuning.adapt(
-        model,
-        method,
-        argparse.Namespace(wiring="exact", mode="both", shift=0, rank=2, norms=True, gamma_std=0.0),
-    )
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter += 0.1 * torch.randn_like(parameter)
-    branches = [train_lm.branch(question, tokenizer) for question in QUESTIONS]
-    for row, question in zip(train_lm.likelihoods(model, branches, CPU), QUESTIONS, strict=True):
-        expected = differences(naive_scores(model, question, tokenizer))
-        assert differences(row[: len(expected)]) == pytest.approx(expected, abs=1e-4)
-
-
-def test_the_prompt_runs_once_however_many_options_there_are(model, tokenizer):
-    read = []
-    hook = model.embed.register_forward_hook(lambda _, inputs, __: read.append(inputs[0].numel()))
-    for question in QUESTIONS:
-        prompt = len(tokenizer.encode(question.prompt))
-        tails = [len(tokenizer.encode(" " + option)) for option in question.options]
-        train_lm.likelihoods(model, [train_lm.branch(question, tokenizer)], CPU)
-        assert read.pop() <= prompt + 1 + sum(tails) and not read
-    hook.remove()
-
-
-def test_answers_come_in_the_order_of_the_questions_whatever_is_batched(model, tokenizer):
-    found = train_lm.answer(model, QUESTIONS, tokenizer, args_for(batch_size=1))
-    assert found.shape == (5, 5)
-    for row, question in zip(found, QUESTIONS, strict=True):
-        expected = differences(naive_scores(model, question, tokenizer))
-        assert differences(row[: len(expected)]) == pytest.approx(expected, abs=1e-4)
-        assert (row[len(expected) :] == train_lm.ABSENT).all()
-
-
-@pytest.mark.parametrize(
-    ("text", "first"),
-    [
-        ("the correct answer is answer2", 1),
-        ("answer3, not answer1", 2),
-        ("the correct answer is", -1),
-        ("", -1),
-    ],
-)
-def test_the_first_option_that_a_text_names_is_its_answer(text, first):
-    assert train_lm.first_named(text, ["answer1", "answer2", "answer3"]) == first
-
-
-@pytest.mark.parametrize(("text", "first"), [("it is bowl", 1), ("it is pendant", -1)])
-def test_an_option_within_a_longer_word_is_not_named(text, first):
-    assert train_lm.first_named(text, ["bow", "bowl", "pen"]) == first
-
-
-def test_an_option_that_another_begins_with_has_something_of_its_own_to_be_scored():
-    question = asked("Which?", ["bow", "bowl"])
-    assert all(train_lm.branch(question, questions.Tokenizer([])).tails)
-
-
-def test_generated_answers_are_right_where_they_name_the_right_option_first(
-    model, tokenizer, monkeypatch
-):
-    said = iter(["it is true", "answer4 or answer5", "the small bag of the baker", "", "ending4"])
-    monkeypatch.setattr(train_lm, "speak", lambda *_: next(said))
-    scores = train_lm.answer(model, QUESTIONS, tokenizer, args_for(score="generate"))
-    rights = [train_lm.accuracy(scores[i : i + 1], QUESTIONS[i : i + 1]) for i in range(5)]
-    assert rights == [1, 0, 1, 0, 1]
-
-
-def test_a_model_speaks_its_likeliest_tokens_until_the_end(model, tokenizer, monkeypatch):
-    question, tokens = QUESTIONS[0], tokenizer.encode(QUESTIONS[0].prompt)
-    prompt, said = len(tokens), []
-    for _ in range(train_lm.ANSWER_TOKENS):
-        with torch.no_grad():
-            tokens.append(model(torch.tensor([tokens]))[0, -1].argmax().item())
-    assert train_lm.speak(model, tokenizer, question) == tokenizer.decode(tokens[prompt:]).strip()
-    end = tokens[prompt + 3]
-    said = tokens[prompt : tokens.index(end, prompt)]
-    monkeypatch.setattr(tokenizer, "end", end)
-    assert train_lm.speak(model, tokenizer, question) == tokenizer.decode(said).strip()
-
-
-def test_accuracy_counts_right_answers_and_ties_are_wrong():
-    absent = train_lm.ABSENT
-    scores = torch.tensor([[2.0, 1, absent], [1, 2, 3], [0, 0, absent], [3, 3, 1], [-9, -5, -7]])
-    right = [asked("?", ["a", "b", "c"], answer) for answer in (0, 2, 0, 0, 0)]
-    assert train_lm.accuracy(scores, right) == pytest.approx(2 / 5)
-
-
 # -------------------------------------------------------------------------- what fits the context
 
 
@@ -296,7 +83,7 @@ def job_of(train: list, val: list, test: list, context: int, tokenizer) -> train
 
 def test_training_examples_beyond_the_context_are_left_out_and_counted(tokenizer, capsys):
     short, fits, beyond = (long_question(n) for n in (5, 30, 31))
-    context = len(train_lm.encode(fits, tokenizer)[0])
+    context = len(questions.encode(fits, tokenizer)[0])
     scored = [QUESTIONS[0]]
     train = [short, beyond, fits, beyond]
     job = job_of(train, scored, scored, context, tokenizer)
@@ -365,12 +152,12 @@ def test_the_adapter_on_a_fresh_base_is_the_merged_model(method, flags, model, t
         options = argparse.Namespace(
             wiring="exact", mode="both", shift=False, rank=8, norms=True, gamma_std=0.0
         )
-        tuning.adapt(fresh, method, options)
+        methods.adapt(fresh, method, options)
         trained, own = san.read(adapter)["trained"], dict(fresh.named_parameters())
-        assert trained.keys() == tuning.trained_state(fresh).keys()
+        assert trained.keys() == methods.trained_state(fresh).keys()
         for name, value in trained.items():
             own[name].data.copy_(value)
-    tuning.fold(fresh)
+    methods.fold(fresh)
     merged = san.read(tmp_path / "merged.pt")["state_dict"]
     for name, value in fresh.state_dict().items():
         torch.testing.assert_close(value, merged[name], atol=1e-6, rtol=1e-5)
@@ -463,7 +250,7 @@ def test_bfloat16_rounds_frozen_weights_alone_and_the_saved_model_keeps_it(finis
 
 
 def test_a_bfloat16_run_is_scored_again_in_bfloat16(finished, monkeypatch):
-    answer, types = train_lm.answer, []
+    answer, types = scoring.answer, []
 
     def noting(model, *rest):
         types.append(model.embed.weight.dtype)
@@ -553,7 +340,7 @@ def test_compare_goes_on_where_it_was_stopped_and_writes_one_row_a_method(
         train_lm, "LEARNING_RATES", dict.fromkeys(train_lm.LEARNING_RATES, (1e-4, 1e30))
     )
     words = [*flags, "--epochs", 1, "--shots", 5, "--compare", "--seeds", 2, "--out", tmp_path]
-    search, searched = tuning.search, []
+    search, searched = tables.search, []
 
     def stopping(args, key, *rest):
         if len(searched) == 3:
@@ -562,11 +349,11 @@ def test_compare_goes_on_where_it_was_stopped_and_writes_one_row_a_method(
         return search(args, key, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(tuning, "search", stopping)
+        patch.setattr(tables, "search", stopping)
         assert command(*words) == 130
     assert "every finished run is kept" in capsys.readouterr().err
     monkeypatch.setattr(
-        tuning,
+        tables,
         "search",
         lambda args, key, *rest: searched.append(key["method"]) or search(args, key, *rest),
     )
@@ -575,7 +362,7 @@ def test_compare_goes_on_where_it_was_stopped_and_writes_one_row_a_method(
     table = (tmp_path / "table.md").read_text()
     assert all(f"| {method} |" in table for method in train_lm.LEARNING_RATES)
     assert "--compare" in table.splitlines()[0] and "| boolq | social_i_qa |" in table
-    lines = tuning.read_results(tmp_path / "results.jsonl")
+    lines = tables.read_results(tmp_path / "results.jsonl")
     for method in methods:
         low, high, *runs = (line for line in lines if line["method"] == method)
         assert [low["part"], high["part"]] == ["search"] * 2
@@ -587,7 +374,7 @@ def test_compare_goes_on_where_it_was_stopped_and_writes_one_row_a_method(
         for run in runs:
             assert run["test"] == run["test_merged"] == sum(run["parts"].values()) / 2
     assert command(*words) == 0
-    assert tuning.read_results(tmp_path / "results.jsonl") == lines
+    assert tables.read_results(tmp_path / "results.jsonl") == lines
     assert (tmp_path / "table.md").read_text() == table
 
 
@@ -640,7 +427,7 @@ def test_a_checkpoint_scores_options_as_transformers_would(checkpoint):
     args = train_lm.arguments(["--weights", str(checkpoint)])
     args.device = CPU
     model, tokenizer = train_lm.load_model(args)
-    found = train_lm.answer(model, QUESTIONS, tokenizer, args)
+    found = scoring.answer(model, QUESTIONS, tokenizer, args)
     for row, question in zip(found, QUESTIONS, strict=True):
         expected = differences(
             naive_scores(lambda tokens: theirs(tokens).logits, question, tokenizer)

@@ -14,12 +14,12 @@ from PIL import Image
 from running import command_of, metrics, stop_after, without_times
 from tiny import published_vit, randomise
 
-import checkpoints
 import models
 import san
 import train_lm
 import train_vision
-import tuning
+from lab import batches, checkpoints, loop, methods, tables
+from lab import pictures as sets
 
 ROOT = Path(__file__).parent.parent
 
@@ -229,7 +229,7 @@ def test_resume_refuses_other_settings(flags, tmp_path, monkeypatch, capsys):
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_epoch(
     flags, tmp_path, monkeypatch, capsys
 ):
-    loss, calls = train_vision.factor_loss, []
+    loss, calls = batches.factor_loss, []
 
     def breaks_later(*args):
         calls.append(1)
@@ -259,7 +259,7 @@ def test_compare_writes_one_row_a_method_and_does_nothing_twice(flags, tmp_path,
     table = (tmp_path / "table.md").read_text()
     assert all(f"| {method} |" in table for method in train_vision.LEARNING_RATES)
     assert "--compare" in table.splitlines()[0] and "±" in table
-    lines = tuning.read_results(tmp_path / "results.jsonl")
+    lines = tables.read_results(tmp_path / "results.jsonl")
     for method in train_vision.LEARNING_RATES:
         own = [line for line in lines if line["method"] == method]
         tried = {line["lr"]: line["val"] for line in own if line["part"] == "search"}
@@ -273,7 +273,7 @@ def test_compare_writes_one_row_a_method_and_does_nothing_twice(flags, tmp_path,
 
 def test_the_ablation_compares_the_variants_that_a_model_can_have(flags, tmp_path):
     assert command(*flags, "--epochs", 1, "--ablation", "--seeds", 1, "--out", tmp_path) == 0
-    lines = tuning.read_results(tmp_path / "results.jsonl")
+    lines = tables.read_results(tmp_path / "results.jsonl")
     assert [*dict.fromkeys(line["method"] for line in lines)] == [*train_vision.VARIANTS]
     counts = {line["method"]: line["trainable"] for line in lines}
     gammas = sum(len(p) for k, p in norms_and_gammas() if k.endswith("gamma"))
@@ -289,29 +289,29 @@ def test_the_ablation_compares_the_variants_that_a_model_can_have(flags, tmp_pat
 
 def norms_and_gammas() -> list[tuple[str, torch.Tensor]]:
     model = models.build("vit_micro", 2)
-    tuning.adapt(model, "san", train_vision.arguments([]))
+    methods.adapt(model, "san", train_vision.arguments([]))
     return list(model.named_parameters())
 
 
 def test_the_protocol_chooses_on_the_fifth_and_then_trains_on_all(
     flags, tmp_path, monkeypatch, capsys
 ):
-    sizes, fit = [], tuning.fit
+    sizes, fit = [], loop.fit
 
     def recorded(model, loader, loss_of, validate, args, *rest):
         sizes.append((len(loader.dataset), validate is not None, args.lr, args.seed))
         return fit(model, loader, loss_of, validate, args, *rest)
 
-    take = train_vision.data_sets.take
-    monkeypatch.setattr(train_vision.data_sets, "take", lambda data, shots: take(data, shots // 25))
-    monkeypatch.setattr(tuning, "fit", recorded)
+    take = sets.take
+    monkeypatch.setattr(sets, "take", lambda data, shots: take(data, shots // 25))
+    monkeypatch.setattr(loop, "fit", recorded)
     words = [*flags, "--epochs", 1, "--protocol", "vtab1k", "--seeds", 2, "--out", tmp_path]
     assert command(*words) == 0
     printed = capsys.readouterr().out
     assert "learning rates for san: 0.001, 0.005, 0.02" in printed and "32 + 8 labelled" in printed
     assert sizes[:3] == [(32, True, rate, 0) for rate in train_vision.LEARNING_RATES["san"]]
     best = max(
-        (line for line in tuning.read_results(tmp_path / "results.jsonl")[:3]),
+        (line for line in tables.read_results(tmp_path / "results.jsonl")[:3]),
         key=lambda line: line["val"],
     )["lr"]
     assert sizes[3:] == [(40, False, best, seed) for seed in (0, 1)]
@@ -336,11 +336,11 @@ def test_a_suite_runs_what_there_is_and_says_what_it_left_out(
         raise urllib.error.URLError("no network")
 
     monkeypatch.setattr("urllib.request.urlopen", no_network)
-    some = {name: entry for name, entry in train_vision.data_sets.VTAB.items() if name in names}
-    monkeypatch.setattr(train_vision.data_sets, "VTAB", some)
-    monkeypatch.setitem(train_vision.data_sets.SUITES, "vtab", some)
-    take = train_vision.data_sets.take
-    monkeypatch.setattr(train_vision.data_sets, "take", lambda data, shots: take(data, shots // 25))
+    some = {name: entry for name, entry in sets.VTAB.items() if name in names}
+    monkeypatch.setattr(sets, "VTAB", some)
+    monkeypatch.setitem(sets.SUITES, "vtab", some)
+    take = sets.take
+    monkeypatch.setattr(sets, "take", lambda data, shots: take(data, shots // 25))
     words = [*flags[2:], "--dataset", "vtab", "--data-dir", tmp_path, "--epochs", 1, "--seeds", 1]
     assert command(*words, "--out", tmp_path / "out") == 0
     printed = capsys.readouterr().out
@@ -381,35 +381,6 @@ def test_tables_of_files_that_are_missing_or_empty_are_refused(tmp_path, capsys)
     path.write_text("")
     assert command("--table", path) == 2
     assert "no scored run to tabulate" in capsys.readouterr().err
-
-
-def test_mean_and_standard_deviation_over_seeds():
-    assert tuning.spread([0.50, 0.52, 0.57]) == "53.0 ± 3.6"
-
-
-def test_the_learning_rate_warms_up_and_falls_to_nothing():
-    rates = [tuning.rate_at(step, steps=100, warmup=10, peak=1.0) for step in range(100)]
-    assert rates[9] == 1.0 and rates[0] == 0.1 and rates[10] == 1.0
-    assert rates[10:] == sorted(rates[10:], reverse=True) and 0 < rates[-1] < 1e-3
-
-
-@pytest.mark.parametrize("shape", ["linear", "conv", "depthwise"])
-def test_lora_starts_as_the_base_and_merges_exactly(shape):
-    torch.manual_seed(0)
-    layer = {
-        "linear": lambda: torch.nn.Linear(6, 4),
-        "conv": lambda: torch.nn.Conv2d(6, 4, 3, padding=1),
-        "depthwise": lambda: torch.nn.Conv2d(6, 6, 3, groups=6),
-    }[shape]().double()
-    x = torch.randn(2, 5, 6) if shape == "linear" else torch.randn(2, 6, 5, 5)
-    x = x.double()
-    expected = layer(x)
-    lora = tuning.LoRALayer(layer, rank=2, alpha=4)
-    assert torch.equal(lora(x), expected)
-    torch.nn.init.normal_(lora.b)
-    adapted = lora(x)
-    assert not torch.allclose(adapted, expected)
-    torch.testing.assert_close(lora.merged()(x), adapted, atol=1e-12, rtol=1e-12)
 
 
 # ------------------------------------------------------------------------------------- bad input
@@ -515,7 +486,7 @@ def test_a_diverging_rate_is_out_of_the_search_and_does_not_end_the_comparison(
 ):
     monkeypatch.setattr(train_vision, "LEARNING_RATES", {"full": (1e-4, 1e30)})
     assert command(*flags, "--epochs", 1, "--compare", "--seeds", 1, "--out", tmp_path) == 0
-    low, high, run = tuning.read_results(tmp_path / "results.jsonl")
+    low, high, run = tables.read_results(tmp_path / "results.jsonl")
     assert run["lr"] == low["lr"] == 1e-4 and high["val"] is None
 
 

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 import san
-import tuning
+from lab import loop, tables
 
 if TYPE_CHECKING:  # an extra, imported where it is used
     from matplotlib.axes import Axes
@@ -91,7 +91,7 @@ def draw(runs: list[Path], out: Path, base_of: Callable[[dict], dict[str, Tensor
     nothing to draw or no matplotlib.
     """
     compared = [path for path in runs if (path / "results.jsonl").exists()]
-    lines = [line for path in compared for line in tuning.read_results(path / "results.jsonl")]
+    lines = [line for path in compared for line in tables.read_results(path / "results.jsonl")]
     trained = [read_run(path) for path in runs if path not in compared]
     figures = {
         "curves.png": curves(trained),
@@ -139,7 +139,7 @@ def names(runs: list[Run]) -> list[str]:
     settings = []
     for run in runs:
         own = {key: run.result[key] for key in ("method", "dataset", "model")}
-        own |= tuning.settings(Namespace(**run.config)) | own | {"task": None}  # dataset says it
+        own |= loop.settings(Namespace(**run.config)) | own | {"task": None}  # dataset says it
         if own.get("warmup_epochs") == own.get("epochs", 0) / 10:  # as it is by default
             del own["warmup_epochs"]
         settings.append(own)

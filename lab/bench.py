@@ -1,15 +1,16 @@
 """What a SAN step costs: ratios of step times, measured in turn in one process.
 
-    python bench.py                 # a ViT, then a LLaMA, each as wide as a real one
-    python bench.py --model llama   # one of them
-    python bench.py --full-size     # ViT-B/16 at 224 px: images/s, FLOP/s, memory, as a table
+    python -m lab.bench                 # a ViT, then a LLaMA, each as wide as a real one
+    python -m lab.bench --model llama   # one of them
+    python -m lab.bench --full-size     # ViT-B/16 at 224 px: images/s, FLOP/s, memory, as a table
 
 vit: ViT-B/16's width and 224 px. llama: 1024 channels and 128 tokens, LoRA and DoRA of rank 32 on
-the layers of LLaMA.LOW_RANK, as in the papers' language results.
+the layers of methods.LOW_RANK, as in the papers' language results.
 Speed is a ratio here, since machines differ and drift: every round times one step of each method
 in turn, and the median over rounds of the ratio to full fine-tuning is what is printed. The
 merged model is timed against the base model in the same way.
---full-size goes through train_vision's own loop and data path, with pictures of CIFAR's size.
+--full-size goes through train_vision's training loop and data path, with pictures of CIFAR's
+size.
 """
 
 import argparse
@@ -22,10 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-import data
 import models
-import train_vision
-import tuning
+from lab import batches, loop, methods, tables
 
 
 def seconds(function, device: torch.device) -> float:
@@ -65,19 +64,21 @@ MODELS = {
     "llama": (llama, 32, ("full", "lora", "dora", "ssf", "san", "san+lora")),
 }
 
+# the training scripts' flags as they are by default, for one epoch
+OPTIONS = dict(wiring="san", mode="both", norms=True, gamma_std=0.0, seed=0, resume=False)
+OPTIONS |= dict(epochs=1, lr=1e-3, weight_decay=0.0, warmup_epochs=0.1)
+
 
 def report(name: str, args: argparse.Namespace, device: torch.device) -> None:
     """Print the ratios of one model."""
     torch.manual_seed(0)
     build, rank, methods = MODELS[name]
-    options = argparse.Namespace(
-        wiring="exact", mode="both", norms=True, gamma_std=0.0, shift=name == "vit", rank=rank
-    )
+    options = argparse.Namespace(**OPTIONS, shift=name == "vit", rank=rank)
     base, inputs, labels = (x.to(device) for x in build(args.depth, args.batch_size))
 
     def stepper(method: str):
         model = copy.deepcopy(base)
-        tuning.adapt(model, method, options)
+        methods.adapt(model, method, options)
         parameters = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(parameters, lr=1e-3, fused=True)
 
@@ -92,9 +93,9 @@ def report(name: str, args: argparse.Namespace, device: torch.device) -> None:
         return step
 
     merged = copy.deepcopy(base)
-    tuning.adapt(merged, "san", options)
-    tuning.fold(merged)
-    assert tuning.count(merged)[1] == tuning.count(base)[1]
+    methods.adapt(merged, "san", options)
+    methods.fold(merged)
+    assert methods.count(merged)[1] == methods.count(base)[1]
 
     print(f"{name}: {args.depth} blocks, batch {args.batch_size}, {device}")
     steps = in_turn({m: stepper(m) for m in methods}, device, args.rounds, "full")
@@ -117,12 +118,12 @@ def full_size(args: argparse.Namespace, device: torch.device) -> None:
     torch counts in these three, and their share of what one large matrix product reaches.
     Times are medians over rounds. Peak memory is torch's on a GPU, the process's on a CPU.
     """
-    words = ["--dataset", "cifar100", "--epochs", "1", "--batch-size", str(args.batch_size)]
-    options = train_vision.arguments(words)
-    options.device, options.amp, options.lr = device, args.amp, 1e-3
+    options = argparse.Namespace(
+        **OPTIONS, device=device, amp=args.amp, batch_size=args.batch_size, shift=True, rank=8
+    )
     count = args.batch_size * args.steps
     images = torch.randint(256, (count, 3, 32, 32)).byte()
-    pictures = data.Resident(images, torch.randint(100, (count, 1)), 224, "crop+flip").to(device)
+    pictures = batches.Resident(images, torch.randint(100, (count, 1)), 224, "crop+flip").to(device)
     most = product_rate(device, torch.bfloat16 if args.amp else torch.float32)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     print(
@@ -143,43 +144,47 @@ def full_size(args: argparse.Namespace, device: torch.device) -> None:
         }
         for method, f in figures.items()
     ]
-    print(tuning.markdown(rows))
+    print(tables.markdown(rows))
 
 
 def one_method(
-    method: str, pictures: data.Resident, options: argparse.Namespace, rounds: int
+    method: str, pictures: batches.Resident, options: argparse.Namespace, rounds: int
 ) -> dict[str, float]:
     """Seconds of an epoch as trained and of its model alone, what else took of it, FLOP, MB."""
     torch.manual_seed(0)
     model = models.build("vit_b16", 100)
-    tuning.adapt(model, method, options)
-    model = train_vision.on_device(model, options.device).train()
-    loader = train_vision.loader(pictures, options, shuffle=True)
+    methods.adapt(model, method, options)
+    model = loop.on_device(model, options.device).train()
+    loader = batches.loader(pictures, options, shuffle=True)
     images, labels = next(iter(loader))
-    images = train_vision.prepare(images, options.device)
+    images = batches.prepare(images, options.device)
+
+    def loss_of(_, batch: tuple) -> Tensor:
+        images, labels = batch
+        outputs = model(batches.prepare(images, options.device)).float()
+        return batches.factor_loss(outputs, labels, [100])
 
     def epoch() -> float:
-        history = train_vision.train(model, pictures, None, [100], options, None, method)
-        return history[-1]["seconds"]
+        return loop.fit(model, loader, loss_of, None, options, note=method)[-1]["seconds"]
 
     def forward_and_backward() -> None:
         for _ in range(len(loader)):
             with torch.autocast(options.device.type, torch.bfloat16, enabled=options.amp):
                 outputs = model(images).float()
-            train_vision.factor_loss(outputs, labels, [100]).backward()
+            batches.factor_loss(outputs, labels, [100]).backward()
             model.zero_grad()
 
     with FlopCounterMode(display=False) as counter:
-        train_vision.factor_loss(model(images).float(), labels, [100]).backward()
+        batches.factor_loss(model(images).float(), labels, [100]).backward()
     model.zero_grad()
-    tuning.peak_memory(options.device, start=True)
+    loop.peak_memory(options.device, start=True)
     epoch()  # a first one allocates
-    memory = tuning.peak_memory(options.device)
+    memory = loop.peak_memory(options.device)
     times = [(epoch(), seconds(forward_and_backward, options.device)) for _ in range(rounds)]
     whole, inner = map(statistics.median, zip(*times))
     rest = statistics.median(1 - own / all_ for all_, own in times)  # of two beside each other
     flops = counter.get_total_flops() * len(loader)
-    trained = tuning.count(model)[0]
+    trained = methods.count(model)[0]
     return dict(whole=whole, inner=inner, rest=rest, flops=flops, memory=memory, trained=trained)
 
 
@@ -206,7 +211,7 @@ def main() -> None:
     if min(args.depth, args.batch_size, args.rounds, args.steps) < 1:
         p.error("--depth, --batch-size, --rounds and --steps must be above 0")
     try:
-        device = tuning.pick_device(args.device)
+        device = loop.pick_device(args.device)
     except ValueError as error:
         p.error(str(error))
     if args.full_size:

@@ -1,28 +1,25 @@
 """Sets of pictures, read for training: sprites, torchvision's and folders; VTAB-1k and FGVC.
 
 Each comes back as `Data`: splits of (picture, label) pairs, a picture being 3×H×W bytes and
-a label one whole number a factor (most sets have one factor, the class). What is small stays in
-memory and comes a batch at a time (`Resident`); the rest is decoded when it is asked for.
-`to_input` turns a batch of bytes into what a model reads. [S] SSF, [us] our choice.
+a label one whole number per factor (most sets have one factor, the class).
+[S] SSF, [us] our choice.
 """
 
 import bisect
-import functools
 import json
-import math
+from argparse import Namespace
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 from torchvision import datasets
 from torchvision.transforms import v2
 
-import checkpoints
-import sprites
+from lab import loop, sprites
+from lab.batches import Resident
 
 
 class Data(NamedTuple):
@@ -53,19 +50,6 @@ class Data(NamedTuple):
             for split in self[:4]
         ]
         return Data(*splits, self.factors)
-
-
-def to_input(images: Tensor) -> Tensor:
-    """Bytes B×3×H×W → numbers scaled by ImageNet's mean and deviation, as the weights expect."""
-    mean, std = scale(images.device)
-    return (images.float() / 255 - mean) / std
-
-
-@functools.cache  # the host waits for a GPU that makes them
-def scale(device: torch.device) -> tuple[Tensor, Tensor]:
-    """ImageNet's mean and deviation, each 3×1×1, on the device."""
-    numbers = torch.tensor([checkpoints.MEAN, checkpoints.STD], device=device)
-    return tuple(numbers.view(2, 3, 1, 1))
 
 
 def load(
@@ -141,98 +125,6 @@ def subset(pictures: Dataset, start: int, stop: int) -> Dataset:
     if isinstance(pictures, Resident):
         return pictures.having(pictures.pictures[order], pictures.labels[order])
     return Subset(pictures, order.tolist())
-
-
-# ----------------------------------------------------------------------------- pictures in memory
-
-
-@dataclass(eq=False)
-class Resident(Dataset):
-    """Pictures kept as bytes, N×3×H×W, with labels, N×factors; a whole batch is made at once.
-
-    size: how many pixels a side is to have; where that is H and W, and nothing is augmented,
-    a batch is the stored bytes. augment: None, "crop" (`crops`) or "crop+flip".
-    A batch is made on the device that holds the pictures; what it is made of is drawn on the CPU,
-    so that every machine draws the same, and a GPU never makes the host wait.
-    For DataLoader(resident, sampler=BatchSampler(…), batch_size=None), since [] takes a list.
-    """
-
-    pictures: Tensor
-    labels: Tensor
-    size: int
-    augment: str | None = None
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
-        """Bytes B×3×size×size and labels B×factors."""
-        device = self.pictures.device
-        index = send(torch.tensor(indices), device)
-        pictures, labels = self.pictures[index], self.labels[index]
-        if self.augment:
-            boxes = crops(len(indices))
-            flips = torch.rand(len(indices)) < (0.5 if "flip" in self.augment else 0)
-            pictures = cut_out(pictures, send(view(boxes, flips), device), self.size)
-        elif pictures.shape[2:] != (self.size, self.size):
-            pictures = resize(pictures, self.size)
-        return pictures, labels
-
-    def __add__(self, other: "Resident") -> "Resident":
-        pairs = (self.pictures, other.pictures), (self.labels, other.labels)
-        return self.having(*map(torch.cat, pairs))
-
-    def having(self, pictures: Tensor, labels: Tensor) -> "Resident":
-        """Other pictures, treated as these are."""
-        return replace(self, pictures=pictures, labels=labels)
-
-    def to(self, device: torch.device) -> "Resident":
-        return self.having(self.pictures.to(device), self.labels.to(device))
-
-
-def send(numbers: Tensor, device: torch.device) -> Tensor:
-    """From the CPU to the device; a GPU fetches pinned memory while the host goes on."""
-    pinned = numbers.pin_memory() if device.type == "cuda" else numbers
-    return pinned.to(device, non_blocking=True)
-
-
-def crops(count: int) -> Tensor:
-    """Boxes drawn at random, count×4: left, top, width and height in shares of a picture.
-
-    Area 0.7 to 1, width : height from 3 : 4 to 4 : 3, as in `transforms`. Where a box does not
-    fit, torchvision draws both again; here the second is drawn from what fits the first [us].
-    """
-    area, aspect, left, top = torch.rand(4, count)
-    area = 0.7 + 0.3 * area
-    most = (-area.log()).clamp(max=math.log(4 / 3))  # more, and a side would be longer than 1
-    aspect = ((2 * aspect - 1) * most).exp()
-    width, height = (area * aspect).sqrt().clamp(max=1), (area / aspect).sqrt().clamp(max=1)
-    return torch.stack([left * (1 - width), top * (1 - height), width, height], dim=1)
-
-
-def view(boxes: Tensor, flips: Tensor) -> Tensor:
-    """Boxes n×4, and which of them are mirrored → n×2×3, affine_grid's maps onto the boxes."""
-    left, top, width, height = boxes.T
-    zero, way = torch.zeros_like(left), torch.where(flips, -1, 1)  # from −1 to 1, or back
-    across = torch.stack([way * width, zero, 2 * left + width - 1], dim=1)
-    down = torch.stack([zero, height, 2 * top + height - 1], dim=1)
-    return torch.stack([across, down], dim=1)
-
-
-def cut_out(pictures: Tensor, views: Tensor, size: int) -> Tensor:
-    """What each view shows of its picture, B×3×size×size bytes, between pixels bilinearly.
-
-    It is for pictures that grow: of a larger one, grid_sample would leave pixels out unseen.
-    """
-    grid = F.affine_grid(views, [len(pictures), 3, size, size], align_corners=False)
-    seen = F.grid_sample(pictures.float(), grid, padding_mode="border", align_corners=False)
-    return seen.round().byte()
-
-
-def resize(pictures: Tensor, size: int) -> Tensor:
-    """Bytes B×3×H×W → B×3×size×size, as v2.Resize would."""
-    resized = F.interpolate(pictures.float(), (size, size), mode="bilinear", antialias=True)
-    return resized.round().byte()
 
 
 # ----------------------------------------------------------------------------------------- sprites
@@ -498,3 +390,61 @@ def suite(name: str, data_dir: str = "data") -> tuple[list[str], dict[str, str]]
         if reason and not has_splits(Path(data_dir) / task)
     }
     return [task for task in SUITES[name] if task not in left_out], left_out
+
+
+# ---------------------------------------------------------------------------- what the flags name
+
+
+def set_name(args: Namespace) -> str:
+    """How files and tables call the data set: sprites-shape, cifar100 or the folder's name."""
+    if args.dataset == "sprites":
+        return f"sprites-{args.task}"
+    return Path(args.dataset).resolve().name
+
+
+def load_named(args: Namespace, size: int) -> Data:
+    """The data set that the flags name, on their device, for a model that reads size×size."""
+    if args.dataset == "sprites" and size != sprites.PIXELS:
+        raise ValueError(
+            f"sprites are {sprites.PIXELS} px, and this model reads {size}; take a micro model, "
+            "without --image-size"
+        )
+    shots = 1000 if args.protocol else args.shots
+    data = load(args.dataset, args.task, args.data_dir, size, shots)
+    return (unaugmented(data) if args.protocol else data).to(args.device)
+
+
+@dataclass
+class Task:
+    """A data set as a table calls it, the flags that load it, the group it is averaged with."""
+
+    name: str
+    args: Namespace
+    group: str | None
+    lacking: bool = False  # tried, and not to be had
+
+    def load(self, size: int) -> Data:
+        """As `load_named`; what it raises is remembered."""
+        try:
+            data = load_named(self.args, size)
+        except (OSError, ValueError):
+            self.lacking = True
+            raise
+        sizes = f"{len(data.train)} + {len(data.val)} labelled, {len(data.test)} to test"
+        print(f"{self.name}: {sizes}")
+        return data
+
+
+def tasks_named(args: Namespace) -> list[Task]:
+    """The tasks of a table that the flags ask for; what is left out of a suite is said."""
+    names, left_out = [args.dataset], {}
+    if args.dataset in SUITES:
+        names, left_out = suite(args.dataset, args.data_dir)
+    for name, reason in left_out.items():
+        print(
+            f"left out: {name}, {reason}; as a folder {Path(args.data_dir) / name}/ it takes part"
+        )
+    groups = SUITES.get(args.dataset, VTAB if args.protocol else {})
+    tasks = sprites.TASKS if args.dataset == "sprites" and args.task == "all" else [args.task]
+    sets = [loop.changed(args, dataset=name, task=task) for name in names for task in tasks]
+    return [Task(set_name(own), own, groups.get(own.dataset, (None,))[0]) for own in sets]

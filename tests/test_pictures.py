@@ -31,8 +31,8 @@ from torch.utils.data import (
 )
 from torchvision.transforms import v2
 
-import data
-import sprites
+from lab import batches, sprites
+from lab import pictures as sets
 
 ALL_TASKS = ["source", *sprites.TASKS]
 CLASSES = {"shape": 6, "location": 16, "orientation": 8, "count": 5}
@@ -50,11 +50,11 @@ def no_network(monkeypatch):
 
 
 @cache
-def loaded(task: str) -> data.Data:
-    return data.load("sprites", task=task, source_size=3000)
+def loaded(task: str) -> sets.Data:
+    return sets.load("sprites", task=task, source_size=3000)
 
 
-def tensors(split: data.Resident) -> tuple[torch.Tensor, torch.Tensor]:
+def tensors(split: batches.Resident) -> tuple[torch.Tensor, torch.Tensor]:
     assert split.size == 32 and split.augment is None
     return split.pictures, split.labels
 
@@ -118,7 +118,7 @@ def test_no_picture_is_in_two_splits(task):
 
 def test_an_unknown_task_is_refused_with_the_choices():
     with pytest.raises(ValueError, match="'colour'.*source.*shape.*location.*orientation.*count"):
-        data.load("sprites", task="colour")
+        sets.load("sprites", task="colour")
 
 
 @cache
@@ -241,10 +241,10 @@ def test_the_count_label_is_the_number_of_objects_less_one(drawing):
 # ------------------------------------------------------------------------------- shots, inputs
 
 
-def numbered(train: int, val: int) -> data.Data:
+def numbered(train: int, val: int) -> sets.Data:
     """A set whose pictures are their own numbers: training from 0, validation from 1000."""
     split = TensorDataset(torch.arange(train))
-    return data.Data(split, split, TensorDataset(torch.arange(1000, 1000 + val)), split, [2])
+    return sets.Data(split, split, TensorDataset(torch.arange(1000, 1000 + val)), split, [2])
 
 
 def numbers(split) -> list[int]:
@@ -253,7 +253,7 @@ def numbers(split) -> list[int]:
 
 @pytest.mark.parametrize("shots, train, val", [(5, 4, 1), (100, 80, 20), (1000, 800, 200)])
 def test_shots_are_four_fifths_training_and_one_fifth_validation(shots, train, val):
-    taken = data.take(numbered(800, 200), shots)
+    taken = sets.take(numbered(800, 200), shots)
     assert (len(taken.train), len(taken.plain), len(taken.val)) == (train, train, val)
     assert len(set(numbers(taken.train))) == train and max(numbers(taken.train)) < 1000
     assert len(set(numbers(taken.val))) == val and min(numbers(taken.val)) >= 1000
@@ -262,9 +262,9 @@ def test_shots_are_four_fifths_training_and_one_fifth_validation(shots, train, v
 
 def test_shots_are_the_same_pictures_whatever_the_runs_seed():
     torch.manual_seed(1)
-    one = data.take(numbered(800, 200), 100)
+    one = sets.take(numbered(800, 200), 100)
     torch.manual_seed(2)
-    other = data.take(numbered(800, 200), 100)
+    other = sets.take(numbered(800, 200), 100)
     assert numbers(one.train) == numbers(other.train) == numbers(one.plain)
     assert numbers(one.val) == numbers(other.val)
     assert numbers(one.train) != list(range(80))  # drawn from everywhere, not the first ones
@@ -275,23 +275,23 @@ def test_shots_are_the_same_pictures_whatever_the_runs_seed():
 )
 def test_shots_that_cannot_be_had_are_refused_with_both_numbers(shots, named):
     with pytest.raises(ValueError, match=f"{shots}.*{named}"):
-        data.take(numbered(800, 200), shots)
+        sets.take(numbered(800, 200), shots)
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "1", "CMYK"])
 def test_both_transforms_give_three_channels_for_every_colour_mode(mode):
-    for transform in data.transforms(image_size=24):
+    for transform in sets.transforms(image_size=24):
         image = transform(Image.new("RGB", (20, 10), "white").convert(mode))
         assert image.shape == (3, 24, 24) and image.dtype == torch.uint8 and image.min() > 250
 
 
 def test_load_takes_the_shots():
-    assert len(data.load("sprites", shots=50).train) == 40
+    assert len(sets.load("sprites", shots=50).train) == 40
 
 
 def test_inputs_are_scaled_by_imagenets_mean_and_deviation():
     images = torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1).expand(2, 3, 4, 4)
-    black, white = data.to_input(images)[:, :, 0, 0]
+    black, white = batches.to_input(images)[:, :, 0, 0]
     assert torch.allclose(black, torch.tensor([-2.1179, -2.0357, -1.8044]), atol=1e-3)
     assert torch.allclose(white, torch.tensor([2.2489, 2.4286, 2.6400]), atol=1e-3)
 
@@ -304,13 +304,13 @@ def noise(count: int, height: int = 32, width: int = 32) -> torch.Tensor:
     return torch.randint(256, (count, 3, height, width), generator=generator, dtype=torch.uint8)
 
 
-def in_memory(count: int = 20, size: int = 32, augment: str | None = None) -> data.Resident:
+def in_memory(count: int = 20, size: int = 32, augment: str | None = None) -> batches.Resident:
     """Noise, the labels two factors: a picture's number and the one after it."""
     numbers = torch.arange(count)
-    return data.Resident(noise(count), torch.stack([numbers, numbers + 1], 1), size, augment)
+    return batches.Resident(noise(count), torch.stack([numbers, numbers + 1], 1), size, augment)
 
 
-def batches(resident: data.Resident, sampler: type) -> DataLoader:
+def drawn(resident: batches.Resident, sampler: type) -> DataLoader:
     order = BatchSampler(sampler(resident), 8, False)
     return DataLoader(resident, sampler=order, batch_size=None)
 
@@ -325,7 +325,7 @@ def grey_levels(one: torch.Tensor, other: torch.Tensor) -> int:
 def test_batches_in_memory_are_those_of_a_dataset_of_single_pictures(sampler, shuffle):
     resident = in_memory()
     single = DataLoader(TensorDataset(resident.pictures, resident.labels), 8, shuffle)
-    whole = batches(resident, sampler)
+    whole = drawn(resident, sampler)
     assert len(whole) == len(single) == 3 and len(whole.dataset) == 20
     seen = []
     for loader in (single, whole):
@@ -336,7 +336,7 @@ def test_batches_in_memory_are_those_of_a_dataset_of_single_pictures(sampler, sh
 
 
 def test_crops_lie_in_the_picture_and_have_the_area_and_aspect_they_should():
-    left, top, width, height = boxes = data.crops(5000).T
+    left, top, width, height = boxes = batches.crops(5000).T
     assert boxes.min() >= 0 and (left + width).max() < 1.00001 and (top + height).max() < 1.00001
     area, aspect = width * height, width / height
     assert area.min() > 0.69999 and area.max() < 1.00001
@@ -352,8 +352,8 @@ EVERYTHING = torch.tensor([[0.0, 0.0, 1.0, 1.0]])
 def test_a_crop_of_the_whole_picture_is_its_resize_and_a_flip_mirrors_it(size):
     pictures, boxes = noise(4), EVERYTHING.expand(4, 4)
     flips = torch.tensor([False, True, False, True])
-    seen = data.cut_out(pictures, data.view(boxes, flips), size)
-    expected = data.resize(pictures, size)
+    seen = batches.cut_out(pictures, batches.view(boxes, flips), size)
+    expected = batches.resize(pictures, size)
     assert grey_levels(seen[~flips], expected[~flips]) <= 1
     assert grey_levels(seen[flips], expected[flips].flip(3)) <= 1
 
@@ -362,7 +362,7 @@ def test_a_crop_shows_what_lies_in_its_box_for_every_picture_its_own():
     pictures = noise(3)
     corners = [(8, 4), (0, 16), (16, 0)]  # from the left, from the top
     boxes = torch.tensor([[left / 32, top / 32, 0.5, 0.5] for left, top in corners])
-    seen = data.cut_out(pictures, data.view(boxes, torch.zeros(3, dtype=torch.bool)), 16)
+    seen = batches.cut_out(pictures, batches.view(boxes, torch.zeros(3, dtype=torch.bool)), 16)
     for picture, shown, (left, top) in zip(pictures, seen, corners):
         assert torch.equal(shown, picture[:, top : top + 16, left : left + 16])
 
@@ -372,7 +372,7 @@ def test_a_resize_is_torchvisions(size):
     pictures = noise(2, height=32, width=40)
     theirs = v2.Compose([v2.ToPILImage(), v2.Resize((size, size)), v2.PILToTensor()])
     expected = torch.stack([theirs(picture) for picture in pictures])
-    resident = data.Resident(pictures, torch.zeros(2, 1), size)
+    resident = batches.Resident(pictures, torch.zeros(2, 1), size)
     assert grey_levels(resident[[0, 1]][0], expected) <= 1
 
 
@@ -380,7 +380,7 @@ def test_a_resize_is_torchvisions(size):
 def test_labels_stay_with_their_pictures(augment):
     resident = in_memory(40, 48, augment)
     resident.pictures = torch.arange(40, dtype=torch.uint8).view(40, 1, 1, 1).repeat(1, 3, 32, 32)
-    for pictures, labels in batches(resident, RandomSampler):
+    for pictures, labels in drawn(resident, RandomSampler):
         assert pictures.shape[1:] == (3, 48, 48) and pictures.dtype == torch.uint8
         assert (pictures == labels[:, 0].view(-1, 1, 1, 1)).all()
         assert torch.equal(labels[:, 1], labels[:, 0] + 1)
@@ -397,13 +397,13 @@ def test_every_picture_is_augmented_for_itself_and_a_seed_says_how():
 
 
 def test_shots_of_pictures_in_memory_stay_there_and_are_those_of_any_other_set():
-    def taken(split: Dataset) -> data.Data:
-        return data.take(data.Data(split, split, split, split, [20]), 15)
+    def taken(split: Dataset) -> sets.Data:
+        return sets.take(sets.Data(split, split, split, split, [20]), 15)
 
     resident = in_memory(size=40, augment="crop")
     mine, others = taken(resident), taken(TensorDataset(resident.pictures, resident.labels))
     for part, other in zip(mine[:3], others[:3]):
-        assert isinstance(part, data.Resident) and (part.size, part.augment) == (40, "crop")
+        assert isinstance(part, batches.Resident) and (part.size, part.augment) == (40, "crop")
         assert part.labels.tolist() == [label.tolist() for _, label in other]
         assert torch.equal(part.pictures, torch.stack([picture for picture, _ in other]))
 
@@ -413,14 +413,14 @@ def test_shots_of_pictures_in_memory_stay_there_and_are_those_of_any_other_set()
 def test_a_gpu_makes_the_cpus_batches_and_the_host_never_waits_for_it(augment):
     resident = in_memory(size=48, augment=augment)
     split = resident.to(torch.device("cuda"))
-    data.to_input(split[[0]][0])  # what is set up once may wait
+    batches.to_input(split[[0]][0])  # what is set up once may wait
     seen = []
     try:
         torch.cuda.set_sync_debug_mode("error")
         for own in (resident, split):
             torch.manual_seed(0)
-            seen.append(list(batches(own, RandomSampler)))
-            data.to_input(seen[-1][0][0])
+            seen.append(list(drawn(own, RandomSampler)))
+            batches.to_input(seen[-1][0][0])
     finally:
         torch.cuda.set_sync_debug_mode("default")
     for (pictures, labels), (there, labels_there) in zip(*seen, strict=True):
@@ -458,7 +458,7 @@ def dark_on_the_left() -> Image.Image:
 
 def each(split: Dataset) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """A split's pictures one by one, with their labels."""
-    if isinstance(split, data.Resident):
+    if isinstance(split, batches.Resident):
         return list(zip(*split[list(range(len(split)))]))
     return [split[i] for i in range(len(split))]
 
@@ -630,10 +630,10 @@ def small_set(tmp_path, monkeypatch):
         module = getattr(torchvision.datasets, name)
         monkeypatch.setattr(module, "check_integrity", lambda path, md5: Path(path).is_file())
 
-    def load(write, pictures: list[Picture], **options) -> data.Data:
+    def load(write, pictures: list[Picture], **options) -> sets.Data:
         write(tmp_path, pictures)
         name = write.__name__.removeprefix("write_")
-        return data.load(name, data_dir=str(tmp_path), image_size=32, **options)
+        return sets.load(name, data_dir=str(tmp_path), image_size=32, **options)
 
     return load
 
@@ -724,7 +724,7 @@ def test_a_scene_is_neither_cropped_nor_flipped(write, small_set, monkeypatch):
 def test_small_pictures_stay_in_memory_and_are_the_files_bytes(write, small_set):
     pictures = some_pictures(2, train=20, test=6)
     loaded = small_set(write, pictures)
-    assert all(isinstance(split, data.Resident) for split in loaded[:4])
+    assert all(isinstance(split, batches.Resident) for split in loaded[:4])
     for (image, _), picture in zip(each(loaded.test), of(pictures, "test"), strict=True):
         assert torch.equal(image, v2.functional.pil_to_tensor(picture.paint()))
 
@@ -743,12 +743,12 @@ def test_training_pictures_are_mirrored_at_random_but_digits_never(
 def test_every_torchvision_set_of_the_contract_can_be_chosen():
     names = "cifar10 cifar100 svhn flowers102 oxford_pets dtd eurosat food101 stanford_cars "
     names += "caltech101 sun397 pcam clevr_count clevr_dist"
-    assert set(data.TORCHVISION) == set(names.split())
+    assert set(sets.TORCHVISION) == set(names.split())
 
 
 def test_an_unknown_data_set_is_refused_with_the_choices():
     with pytest.raises(ValueError, match="'cifar1000'.*sprites.*cifar10, cifar100.*clevr_count"):
-        data.load("cifar1000")
+        sets.load("cifar1000")
 
 
 @pytest.mark.parametrize(
@@ -771,13 +771,13 @@ def test_an_unknown_data_set_is_refused_with_the_choices():
 def test_without_network_the_error_says_into_which_folder_to_unpack(name, folder, tmp_path):
     place = re.escape(str(tmp_path / folder))
     with pytest.raises(OSError, match=rf"{name}.*{place}(?![\w/-])") as caught:
-        data.load(name, data_dir=str(tmp_path))
+        sets.load(name, data_dir=str(tmp_path))
     assert "\n" not in str(caught.value)
 
 
 def test_without_network_the_error_says_what_to_fetch(tmp_path):
     with pytest.raises(OSError, match=re.escape(torchvision.datasets.CIFAR100.url)):
-        data.load("cifar100", data_dir=str(tmp_path))
+        sets.load("cifar100", data_dir=str(tmp_path))
 
 
 @pytest.fixture
@@ -812,7 +812,7 @@ def test_a_set_that_needs_scipy_says_so_where_it_is_missing(
             tmp_path / "caltech101" / "101_ObjectCategories" / category / "image_0001.jpg"
         )
     with pytest.raises(OSError, match=rf"(?i){name}.*pip install.*scipy"):
-        data.load(name, data_dir=str(tmp_path))
+        sets.load(name, data_dir=str(tmp_path))
 
 
 # ------------------------------------------------------------------------------------ folders
@@ -828,8 +828,8 @@ def folder(tmp_path):
     return tmp_path / "pets"
 
 
-def load_folder(folder: Path, **options) -> data.Data:
-    return data.load(str(folder), image_size=32, **options)
+def load_folder(folder: Path, **options) -> sets.Data:
+    return sets.load(str(folder), image_size=32, **options)
 
 
 def test_a_folder_gives_its_classes_and_a_fifth_of_train_for_validation(folder):
@@ -931,23 +931,23 @@ def test_pictures_of_other_colour_modes_arrive_as_rgb(folder, mode, kind):
 
 
 def test_vtab_has_its_19_tasks_and_fgvc_its_five():
-    groups = [group for group, _ in data.VTAB.values()]
+    groups = [group for group, _ in sets.VTAB.values()]
     assert [groups.count(g) for g in ("natural", "specialised", "structured")] == [7, 4, 8]
-    assert groups == sorted(groups) and len(data.FGVC) == 5
-    for task, (_, reason) in (data.VTAB | data.FGVC).items():
-        assert (reason is None) == (task in data.TORCHVISION)
+    assert groups == sorted(groups) and len(sets.FGVC) == 5
+    for task, (_, reason) in (sets.VTAB | sets.FGVC).items():
+        assert (reason is None) == (task in sets.TORCHVISION)
 
 
-@pytest.mark.parametrize("name, table", [("vtab", data.VTAB), ("fgvc", data.FGVC)])
+@pytest.mark.parametrize("name, table", [("vtab", sets.VTAB), ("fgvc", sets.FGVC)])
 def test_a_suite_is_what_torchvision_has_and_the_folders_that_are_there(name, table, tmp_path):
-    tasks, left_out = data.suite(name, str(tmp_path))
-    assert tasks == [task for task in table if task in data.TORCHVISION]
+    tasks, left_out = sets.suite(name, str(tmp_path))
+    assert tasks == [task for task in table if task in sets.TORCHVISION]
     assert {*tasks, *left_out} == {*table} and all(left_out.values())
     some = [*left_out][1]
     (tmp_path / some / "train").mkdir(parents=True)
-    assert data.suite(name, str(tmp_path)) == (tasks, left_out)  # half a folder is none
+    assert sets.suite(name, str(tmp_path)) == (tasks, left_out)  # half a folder is none
     (tmp_path / some / "test").mkdir()
-    more, fewer = data.suite(name, str(tmp_path))
+    more, fewer = sets.suite(name, str(tmp_path))
     assert more == [task for task in table if task in (*tasks, some)]
     assert fewer == {task: reason for task, reason in left_out.items() if task != some}
 
@@ -956,7 +956,7 @@ def test_a_suite_is_what_torchvision_has_and_the_folders_that_are_there(name, ta
 def test_a_tasks_own_folder_is_read(task, folder):
     pictures = some_pictures(2, train=20, test=6)
     folder.rename(folder.parent / task)
-    loaded = data.load(task, data_dir=str(folder.parent), image_size=32)
+    loaded = sets.load(task, data_dir=str(folder.parent), image_size=32)
     assert loaded.factors == [2]
     assert sorted(read_back(loaded.test)) == of(pictures, "test")
     assert sorted(read_back(loaded.val) + read_back(loaded.plain)) == of(pictures, "train")
@@ -967,7 +967,7 @@ def test_pictures_whose_place_or_direction_is_asked_for_are_not_augmented(task, 
     for path in folder.rglob("*.*"):
         dark_on_the_left().save(path)
     folder.rename(folder.parent / task)
-    train = data.load(task, data_dir=str(folder.parent), image_size=32).train
+    train = sets.load(task, data_dir=str(folder.parent), image_size=32).train
     distinct = {image.numpy().tobytes() for image, _ in each(train)}
     assert (len(distinct) > 2) == varied  # PNG and JPEG differ by rounding
 
@@ -975,22 +975,22 @@ def test_pictures_whose_place_or_direction_is_asked_for_are_not_augmented(task, 
 def test_a_task_that_is_nowhere_says_why_and_where_to_put_it(tmp_path):
     place = re.escape(str(tmp_path / "kitti_dist"))
     with pytest.raises(ValueError, match=f"kitti_dist.*videos.*{place}/train/") as caught:
-        data.load("kitti_dist", data_dir=str(tmp_path))
+        sets.load("kitti_dist", data_dir=str(tmp_path))
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("memory", [True, False])
 def test_the_last_training_is_on_all_labelled_pictures_as_they_are(memory, folder, small_set):
     pictures = some_pictures(2, train=20, test=6)
-    few = data.take(small_set(write_cifar10, pictures) if memory else load_folder(folder), 15)
-    last = data.whole(few)
+    few = sets.take(small_set(write_cifar10, pictures) if memory else load_folder(folder), 15)
+    last = sets.whole(few)
     assert last.train is last.plain and len(last.train) == 15
     assert read_back(last.train) == read_back(few.plain) + read_back(few.val)
-    assert not memory or isinstance(last.train, data.Resident) and last.train.augment is None
+    assert not memory or isinstance(last.train, batches.Resident) and last.train.augment is None
     assert last.val is None and last[3:] == few[3:]
 
 
 def test_without_augmentation_training_pictures_are_the_plain_ones(folder):
     loaded = load_folder(folder)
-    plain = data.unaugmented(loaded)
+    plain = sets.unaugmented(loaded)
     assert plain.train is loaded.plain and plain[1:] == loaded[1:]

@@ -1,4 +1,4 @@
-"""tuning.py: what each method trains, how it starts, and that it folds exactly."""
+"""lab/methods.py: what each method trains, how it starts, and that it folds exactly."""
 
 import argparse
 import copy
@@ -14,11 +14,11 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import models
 import san
-import tuning
+from lab import loop, methods
 
 ROOT = Path(__file__).parent.parent
 OPTIONS = argparse.Namespace(
-    wiring="exact", mode="both", shift=False, rank=4, norms=True, gamma_std=0.0, prompts=3
+    wiring="san", mode="both", shift=False, rank=4, norms=True, gamma_std=0.0, prompts=3
 )
 TINY = dict(vocab=19, dim=32, depth=2, heads=4, kv_heads=2, hidden=48, context=32)
 LOW_RANK = ("attn.q_proj", "attn.k_proj", "attn.v_proj", "mlp.up_proj", "mlp.down_proj")
@@ -47,7 +47,7 @@ def llama(dtype: torch.dtype = torch.float64, **changes) -> models.LLaMA:
 
 def adapted(method: str, dtype: torch.dtype = torch.float64, **changes) -> models.LLaMA:
     model = llama(dtype, **changes)
-    tuning.adapt(model, method, OPTIONS)
+    methods.adapt(model, method, OPTIONS)
     return model
 
 
@@ -83,7 +83,7 @@ def structure(model: nn.Module) -> tuple:
 # ---------------------------------------------------------------------------- one layer at a time
 
 
-def ours_and_pefts(kind: str, bias: bool) -> tuple[tuning.LoRALayer, nn.Module]:
+def ours_and_pefts(kind: str, bias: bool) -> tuple[methods.LoRALayer, nn.Module]:
     """The same layer twice, with the same A, B and m, none of them at its start; α is not r."""
     peft = pytest.importorskip("peft", reason="the reference is PEFT's layer; pip install peft")
     torch.manual_seed(0)
@@ -93,7 +93,7 @@ def ours_and_pefts(kind: str, bias: bool) -> tuple[tuning.LoRALayer, nn.Module]:
         r=3, lora_alpha=5, target_modules=["layer"], use_dora=kind == "dora", lora_dropout=0.0
     )
     theirs = peft.inject_adapter_in_model(config, model)["layer"]
-    own = (tuning.DoRALayer if kind == "dora" else tuning.LoRALayer)(layer, rank=3, alpha=5)
+    own = (methods.DoRALayer if kind == "dora" else methods.LoRALayer)(layer, rank=3, alpha=5)
     with torch.no_grad():
         for one, other in zip(trained_of(own), trained_of(theirs), strict=True):
             assert one.shape == other.shape
@@ -142,7 +142,7 @@ def test_a_layer_starts_as_the_frozen_one_and_merges_exactly(kind, bias):
     torch.manual_seed(0)
     layer, x = nn.Linear(9, 7, bias).double().requires_grad_(False), torch.randn(4, 9).double()
     expected = layer(x)
-    own = (tuning.DoRALayer if kind == "dora" else tuning.LoRALayer)(layer, rank=3, alpha=5)
+    own = (methods.DoRALayer if kind == "dora" else methods.LoRALayer)(layer, rank=3, alpha=5)
     assert difference(own(x), expected) < 1e-14
     assert (own.b == 0).all() and 0.1 < own.a.abs().max() <= 1 / 3  # Kaiming: up to 1 / √in
     output = train(own)(x)
@@ -152,7 +152,7 @@ def test_a_layer_starts_as_the_frozen_one_and_merges_exactly(kind, bias):
 
 def test_doras_length_is_a_constant_to_the_gradient():
     torch.manual_seed(0)
-    own = train(tuning.DoRALayer(nn.Linear(9, 7).double().requires_grad_(False), 3, alpha=5))
+    own = train(methods.DoRALayer(nn.Linear(9, 7).double().requires_grad_(False), 3, alpha=5))
     x, weights = torch.randn(4, 9).double(), torch.randn(4, 7).double()
 
     def gradients(output: torch.Tensor) -> tuple:
@@ -210,7 +210,7 @@ def test_the_output_starts_as_the_base_models_and_folds_exactly(method, tied):
     assert difference(model(tokens), expected) < 1e-12
     output = train(model)(tokens)
     assert difference(output, expected) > 0.1
-    tuning.fold(model)
+    methods.fold(model)
     assert difference(model(tokens), output) < 1e-10
     assert structure(model) == structure(base)
     assert (model.head.weight is model.embed.weight) == tied
@@ -221,7 +221,7 @@ def test_the_output_starts_as_the_base_models_and_folds_exactly(method, tied):
 def test_what_adds_no_layers_folds_into_itself(method):
     model, tokens = train(adapted(method)), random_tokens()
     expected = model(tokens)
-    tuning.fold(model)
+    methods.fold(model)
     assert structure(model) == structure(llama())
     assert torch.equal(model(tokens), expected)
 
@@ -270,7 +270,7 @@ def formula(method: str, base: nn.Module, model: nn.Module) -> dict[str, torch.T
 def test_the_folded_weights_are_the_formulas(method):
     base, model = llama(), train(adapted(method))
     expected, changed = formula(method, base, model), set()
-    tuning.fold(model)
+    methods.fold(model)
     for name, weight in expected.items():
         folded = model.get_submodule(name).weight
         assert difference(folded, weight) < 1e-12, name
@@ -290,7 +290,7 @@ def test_bfloat16_weights_are_tuned_in_float32_and_fold_into_bfloat16(method):
     output.float().square().mean().backward()
     assert all(p.grad.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
     expected = formula(method, base, model)
-    tuning.fold(model)
+    methods.fold(model)
     assert structure(model) == structure(base)
     roundings = 2 if "+" in method else 1  # of the update, then of the scales
     for name, weight in expected.items():
@@ -305,13 +305,13 @@ def test_a_vision_model_gets_lora_on_every_linked_layer_and_trains_its_head(name
     torch.manual_seed(0)
     base, images = models.build(name, 3).double(), torch.randn(2, 3, 32, 32).double()
     model = copy.deepcopy(base)
-    tuning.adapt(model, "lora", OPTIONS)
+    methods.adapt(model, "lora", OPTIONS)
     updates = {f"{link.layer}.{part}" for link in base.links() for part in "ab"}
     assert trained_names(model) == updates | {"head.weight", "head.bias"}
     assert difference(model(images), base(images)) == 0
     output = train(model)(images)
     assert difference(output, base(images)) > 0.1
-    tuning.fold(model)
+    methods.fold(model)
     assert difference(model(images), output) < 1e-10
     assert structure(model) == structure(base)
 
@@ -320,7 +320,7 @@ def test_a_vision_model_gets_lora_on_every_linked_layer_and_trains_its_head(name
 @pytest.mark.parametrize("name", ["vit_micro", "convnext_micro", "swin_micro"])
 def test_bias_trains_the_biases_and_the_head(name):
     model = models.build(name, 3)
-    tuning.adapt(model, "bias", OPTIONS)
+    methods.adapt(model, "bias", OPTIONS)
     expected = {key for key in model.state_dict() if key.split(".")[-1] == "bias"} | {"head.weight"}
     assert trained_names(model) == expected and "norm.bias" in expected
 
@@ -333,7 +333,7 @@ def test_a_prompted_vit_attends_to_the_prompts_of_each_block_and_drops_the_last_
         torch.randn(2, 3, 8, 8),
     )
     images, model = images.double(), copy.deepcopy(base)
-    tuning.adapt(model, "vpt", OPTIONS)
+    methods.adapt(model, "vpt", OPTIONS)
     prompts = {f"blocks.{i}.prompts" for i in range(3)}
     assert trained_names(model) == prompts | {"head.weight", "head.bias"}
     assert difference(model(images), base(images)) > 1e-6
@@ -345,131 +345,25 @@ def test_a_prompted_vit_attends_to_the_prompts_of_each_block_and_drops_the_last_
         x = block(torch.cat([x, prompted.prompts.expand(2, -1, -1)], 1))[:, :5]
     assert difference(model(images), model.head(base.norm(x[:, 0]))) < 1e-12
     before = model(images)
-    tuning.fold(model)
+    methods.fold(model)
     assert torch.equal(model(images), before)
 
 
 def test_vpt_is_for_a_vit():
     with pytest.raises(ValueError, match="ViT's tokens, and this is a ConvNeXt"):
-        tuning.adapt(models.build("convnext_micro", 3), "vpt", OPTIONS)
+        methods.adapt(models.build("convnext_micro", 3), "vpt", OPTIONS)
 
 
 @torch.no_grad()
 def test_gamma_may_start_around_one_and_the_norms_stay_frozen():
     model = models.build("vit_micro", 3)
     changes = {"norms": False, "gamma_std": 0.02, "shift": True}
-    tuning.adapt(model, "san", argparse.Namespace(**vars(OPTIONS) | changes))
+    methods.adapt(model, "san", argparse.Namespace(**vars(OPTIONS) | changes))
     names = {key.split(".")[-1] for key in trained_names(model)}
     assert names == {"gamma", "beta", "weight", "bias"}  # the last two are the head's
     assert {key for key in trained_names(model) if "norm" in key} == set()
     gammas = torch.cat([p.flatten() for key, p in model.named_parameters() if "gamma" in key])
     assert abs(gammas.mean() - 1) < 0.003 and 0.018 < gammas.std() < 0.022
-
-
-# -------------------------------------------------------------------------------------- results
-
-KEY = {"task": "a", "model": "m", "method": "san"}
-FIGURES = {"trainable": 5, "percent": 2.0, "seconds": 1.0, "memory": 9.0}
-
-
-def searched(tmp_path, rates=(1, 2, 3), seeds=2, again=False, **changes) -> tuple[list, list]:
-    """The trainings that a search made, (rate, seed, last), and all lines of its journal."""
-    values = {1: 0.5, 2: 0.7, 3: 0.6}
-    made = []
-
-    def train(args: argparse.Namespace, last: bool) -> tuple[nn.Module, dict]:
-        made.append((args.lr, args.seed, last))
-        if args.lr not in values:
-            raise FloatingPointError("too high")
-        return nn.Linear(1, 1), FIGURES | {"val": None if last and again else values[args.lr]}
-
-    def read(model: nn.Module) -> tuple[torch.Tensor, dict]:
-        return model.weight, {"test": 0.25}
-
-    args = argparse.Namespace(**{"seeds": seeds, "lr": None, "seed": 0} | changes)
-    journal = tuning.Journal(tmp_path / "results.jsonl", {"epochs": 1})
-    tuning.search(args, KEY, rates, train, read, journal, again)
-    return made, tuning.read_results(tmp_path / "results.jsonl")
-
-
-def test_a_search_chooses_on_validation_and_scores_every_seed_once(tmp_path):
-    made, lines = searched(tmp_path)
-    assert made == [(1, 0, False), (2, 0, False), (3, 0, False), (2, 1, True)]
-    assert [(line["part"], line["lr"], line["seed"]) for line in lines] == [
-        *(("search", rate, 0) for rate in (1, 2, 3)),
-        *(("test", 2, seed) for seed in (0, 1)),
-    ]
-    assert not any("test" in line for line in lines if line["part"] == "search")
-    assert searched(tmp_path)[0] == []  # all of it is known
-    assert searched(tmp_path, seeds=3)[0] == [(2, 2, True)]
-
-
-def test_a_search_that_was_stopped_goes_on_run_by_run(tmp_path):
-    whole = searched(tmp_path)[1]
-    path = tmp_path / "results.jsonl"
-    path.write_text("".join(path.read_text().splitlines(keepends=True)[:2]))
-    made, lines = searched(tmp_path)
-    assert made[0] == (3, 0, False) and {*made[1:]} == {(2, 0, True), (2, 1, True)}
-    assert lines == whole
-
-
-def test_a_line_that_was_cut_off_is_made_again(tmp_path):
-    whole = searched(tmp_path)[1]
-    path = tmp_path / "results.jsonl"
-    path.write_text(path.read_text()[:-20])
-    made, lines = searched(tmp_path)
-    assert made == [(2, 1, True)] and lines == whole
-
-
-def test_the_chosen_rate_is_trained_anew_where_the_last_training_differs(tmp_path):
-    made, lines = searched(tmp_path, again=True)
-    assert made[3:] == [(2, 0, True), (2, 1, True)]
-    assert [line["val"] for line in lines] == [0.5, 0.7, 0.6, None, None]
-
-
-def test_a_rate_that_does_not_stay_finite_is_out(tmp_path):
-    made, lines = searched(tmp_path, rates=(9, 1), seeds=1)
-    assert made == [(9, 0, False), (1, 0, False)]
-    assert [line["val"] for line in lines] == [None, 0.5, 0.5]
-    with pytest.raises(FloatingPointError, match="no learning rate"):
-        searched(tmp_path, rates=(9,))
-
-
-@pytest.mark.parametrize("text", ["{", "[]\n", '{"task": 1}\n'])
-def test_a_broken_file_of_results_is_called_so(text, tmp_path):
-    (tmp_path / "results.jsonl").write_text(text)
-    with pytest.raises(OSError, match="is broken"):
-        tuning.read_results(tmp_path / "results.jsonl")
-
-
-def test_tables_have_means_by_group_where_no_task_is_missing():
-    lines = [
-        FIGURES
-        | {"task": task, "group": group, "model": "m", "method": method, "part": "test", "lr": 1e-3}
-        | {"seed": seed, "test": test, "merge_same": 1.0, "merge_difference": 0.0, "options": {}}
-        for method, task, group, seed, test in [
-            ("san", "a", "natural", 0, 0.2),
-            ("san", "a", "natural", 1, 0.4),
-            ("san", "b", "natural", 0, 0.5),
-            ("san", "c", "structured", 0, 0.9),
-            ("lora", "c", "structured", 0, 0.8),
-        ]
-    ]
-    short = tuning.tables(lines).split("\n\n")[0].splitlines()
-    assert short[0] == "| model | method | trained | a | b | c | natural | structured | mean |"
-    assert short[2] == (
-        "| m | san | 2.00 % | 30.0 ± 14.1 | 50.0 ± 0.0 | 90.0 ± 0.0 | 40.0 | 90.0 | 56.7 |"
-    )
-    assert short[3] == "| m | lora | 2.00 % |  |  | 80.0 ± 0.0 |  | 80.0 |  |"
-    lines = [line | {"options": {"epochs": 9 - line["seed"], "lr": None}} for line in lines]
-    rows = tuning.tables(lines).split("\n\n")[0].splitlines()[2:]
-    assert [row.split(" | ")[1] for row in rows] == [
-        "san, epochs 9",
-        "san, epochs 8",
-        "lora, epochs 9",
-    ]
-    with pytest.raises(ValueError, match="no scored run"):
-        tuning.tables([line | {"part": "search"} for line in lines])
 
 
 # --------------------------------------------------------------------------------------- memory
@@ -479,22 +373,22 @@ def test_tables_have_means_by_group_where_no_task_is_missing():
 def test_training_keeps_state_for_what_is_trained_alone_and_the_rest_in_its_place(method, tmp_path):
     model = llama(torch.bfloat16)
     base = {name: (p, p.data_ptr(), p.detach().clone()) for name, p in model.named_parameters()}
-    tuning.adapt(model, method, OPTIONS)
-    start = {name: value.clone() for name, value in tuning.trained_state(model).items()}
+    methods.adapt(model, method, OPTIONS)
+    start = {name: value.clone() for name, value in methods.trained_state(model).items()}
     loader = DataLoader(TensorDataset(random_tokens()), batch_size=2)
-    loop = dict(lr=1e-3, weight_decay=0.0, epochs=2, warmup_epochs=0, seed=0)
-    args = argparse.Namespace(**loop, amp=False, resume=False)
+    flags = dict(lr=1e-3, weight_decay=0.0, epochs=2, warmup_epochs=0, seed=0)
+    args = argparse.Namespace(**flags, amp=False, resume=False)
 
     def loss_of(model: nn.Module, batch: list) -> torch.Tensor:
         return model(batch[0]).float().square().mean()
 
-    tuning.fit(model, loader, loss_of, lambda _: 0.0, args, tmp_path)
+    loop.fit(model, loader, loss_of, lambda _: 0.0, args, tmp_path)
 
     content = san.read(tmp_path / "checkpoint.pt")
     assert content["model"].keys() == start.keys() == TRAINED[method]
     assert not any(torch.equal(content["model"][name], start[name]) for name in start)
     kept = [v.shape for state in content["optimizer"]["state"].values() for v in state.values()]
-    assert sum(shape.numel() for shape in kept if shape) == 2 * tuning.count(model)[0]
+    assert sum(shape.numel() for shape in kept if shape) == 2 * methods.count(model)[0]
     for name in base.keys() - TRAINED[method]:
         parameter, place, value = base[name]
         assert parameter.grad is None and parameter.data_ptr() == place, name
@@ -508,10 +402,11 @@ from pathlib import Path
 
 import torch
 
-import models, tuning
+import models
+from lab import methods
 
 options = argparse.Namespace(
-    wiring="exact", mode="both", shift=False, rank=4, norms=True, gamma_std=0.0
+    wiring="san", mode="both", shift=False, rank=4, norms=True, gamma_std=0.0
 )
 models.initialise = lambda *_, **__: None  # torch's own values do, and come sooner
 
@@ -528,11 +423,11 @@ def step(dim, depth, hidden):
         if "norm" in name:
             parameter.data = parameter.float()
     weights = sum(p.nbytes for p in model.parameters()) / 1e6
-    tuning.adapt(model, "san", options)
+    methods.adapt(model, "san", options)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
     model(torch.arange(8)[None]).float().square().mean().backward()
     optimizer.step()
-    tuning.fold(model)
+    methods.fold(model)
     return weights
 
 
@@ -553,3 +448,22 @@ def test_a_step_and_a_merge_take_hardly_more_memory_than_the_bfloat16_weights():
     assert weights > 120
     allowance = 10  # MB: activations of 8 tokens, a layer folded in float32; a copy is 129
     assert weights * 0.9 < growth < 1.3 * weights + allowance
+
+
+@pytest.mark.parametrize("shape", ["linear", "conv", "depthwise"])
+def test_lora_starts_as_the_base_and_merges_exactly(shape):
+    torch.manual_seed(0)
+    layer = {
+        "linear": lambda: torch.nn.Linear(6, 4),
+        "conv": lambda: torch.nn.Conv2d(6, 4, 3, padding=1),
+        "depthwise": lambda: torch.nn.Conv2d(6, 6, 3, groups=6),
+    }[shape]().double()
+    x = torch.randn(2, 5, 6) if shape == "linear" else torch.randn(2, 6, 5, 5)
+    x = x.double()
+    expected = layer(x)
+    lora = methods.LoRALayer(layer, rank=2, alpha=4)
+    assert torch.equal(lora(x), expected)
+    torch.nn.init.normal_(lora.b)
+    adapted = lora(x)
+    assert not torch.allclose(adapted, expected)
+    torch.testing.assert_close(lora.merged()(x), adapted, atol=1e-12, rtol=1e-12)

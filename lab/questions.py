@@ -6,16 +6,18 @@ turns text into numbers. [us] our choice, as in san.py.
 
 import http.client
 import json
+import os
 import re
 import urllib.request
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-import checkpoints
-import microworld
 import san
+from lab import checkpoints, microworld
 
 # -------------------------------------------------------------------------------------- tokens
 
@@ -257,3 +259,39 @@ def question(record: dict, where: str) -> Question:
     if not output.endswith(answer):
         raise OSError(f"{where} has an output that does not end with its answer '{answer}'")
     return Question(PROMPT.format(instruction), output, options, options.index(answer))
+
+
+# ----------------------------------------------------------------------------- batches and the loss
+
+IGNORE = -100  # the label of a token whose successor is not asked for
+
+
+def encode(question: Question, tokenizer: Tokenizer) -> tuple[list[int], int]:
+    """Tokens of prompt, answer and end, and where the answer begins.
+
+    Both are written together, as a tokenizer may join what stands at the border.
+    """
+    prompt = tokenizer.encode(question.prompt)
+    tokens = tokenizer.encode(question.prompt + question.output)
+    return [*tokens, tokenizer.end], len(os.path.commonprefix([prompt, tokens]))
+
+
+def collate(batch: list[tuple[list[int], int]]) -> tuple[Tensor, Tensor]:
+    """Encoded questions → tokens and labels, B×N, padded to the longest; the prompt has no label.
+
+    A causal model never sees what stands to the right, so that padding needs no mask.
+    """
+    longest = max(len(tokens) for tokens, _ in batch) - 1
+    inputs = torch.zeros(len(batch), longest, dtype=torch.long)
+    labels = torch.full((len(batch), longest), IGNORE)
+    for row, (tokens, start) in enumerate(batch):
+        inputs[row, : len(tokens) - 1] = torch.tensor(tokens[:-1])
+        labels[row, start - 1 : len(tokens) - 1] = torch.tensor(tokens[start:])
+    return inputs, labels
+
+
+def token_loss(model: nn.Module, tokens: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross-entropy of the labels that are not IGNORE; the head reads those places alone."""
+    asked = labels != IGNORE
+    logits = model.head(model.features(tokens)[asked])
+    return F.cross_entropy(logits.float(), labels[asked])

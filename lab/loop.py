@@ -1,0 +1,447 @@
+"""One run: its flags, its training, what it survives, and how it ends.
+
+`fit` is the one training loop; an epoch that has ended is on disk and can be resumed from.
+A run is `begin`, then `train_and_measure`, then `conclude`; `reopen` reads it again.
+[P] the paper, [us] our choice, as in san.py.
+"""
+
+import argparse
+import json
+import math
+import os
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import san
+from lab import methods
+
+# -------------------------------------------------------------------------------- the training loop
+
+
+def pick_device(name: str) -> torch.device:
+    """'auto' is CUDA where there is one, else the CPU. Raises ValueError for what is not there.
+
+    On CUDA it asks torch for its deterministic kernels: same seed, same machine, same result.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda"):
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid, and slow
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(
+            f"--device {name} cannot be used here; try --device cpu or leave it out"
+        ) from error
+    return device
+
+
+def on_device(model: nn.Module, device: torch.device) -> nn.Module:
+    """The model there, on a GPU with channels last in a convolution's weight, as it wants them."""
+    cuda = device.type == "cuda"
+    return model.to(device, memory_format=torch.channels_last if cuda else torch.preserve_format)
+
+
+def rate_at(step: int, steps: int, warmup: int, peak: float) -> float:
+    """Learning rate: linear from 0 to `peak` over `warmup` steps, then a half cosine back to 0."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup))) / 2
+
+
+def fit(
+    model: nn.Module,
+    loader: Iterable,
+    loss_of: Callable[[nn.Module, tuple], Tensor],
+    validate: Callable[[nn.Module], float] | None,
+    args: argparse.Namespace,
+    out: Path | None = None,
+    note: str = "",
+    unit: str = "images",
+) -> list[dict]:
+    """Train what requires a gradient with AdamW, a warm-up and a cosine; one record an epoch.
+
+    loss_of(model, batch): the mean loss of a batch; validate(model): accuracy 0 … 1, or None where
+    all labelled data are trained on.
+    unit: what a batch holds, for the bar and the speed.
+    out: folder for checkpoint.pt, written after every epoch, which is then reported in a line;
+    args.resume continues from it.
+    Every epoch seeds itself from (seed, epoch), so that a resumed run goes the same way.
+    Raises FloatingPointError when the loss or a parameter is no longer finite: the checkpoint of
+    the epoch before stays. ValueError for a checkpoint made with other settings.
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    # decay would pull γ to 0 rather than to the 1 it starts at: only matrices shrink [us]
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": args.weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=True)
+    device = parameters[0].device
+    history: list[dict] = []
+    checkpoint = out and out / "checkpoint.pt"
+    if checkpoint and args.resume:
+        history = resume(checkpoint, model, optimizer, args)
+    steps, warmup = args.epochs * len(loader), round(args.warmup_epochs * len(loader))
+    for epoch in range(len(history), args.epochs):
+        torch.manual_seed(args.seed * 100_003 + epoch)
+        model.train()
+        started, seen, running = time.perf_counter(), 0, torch.zeros((), device=device)
+        label = f"{note} epoch {epoch + 1}/{args.epochs}"
+        with tqdm(total=len(loader.dataset), desc=label, unit=f" {unit}", leave=False) as bar:
+            for i, batch in enumerate(loader):
+                rate = rate_at(epoch * len(loader) + i, steps, warmup, args.lr)
+                for group in optimizer.param_groups:
+                    group["lr"] = rate
+                with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
+                    loss = loss_of(model, batch)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                running += loss.detach() * len(batch[0])
+                seen += len(batch[0])
+                if i % 20 == 0 or i == len(loader) - 1:  # reading the loss makes the device wait
+                    require_finite(loss.item(), [], epoch, rate, checkpoint)
+                    bar.set_postfix(loss=f"{running.item() / seen:.3f}", lr=f"{rate:.1e}")
+                bar.update(len(batch[0]))
+        seconds = time.perf_counter() - started
+        require_finite(running.item(), parameters, epoch, rate, checkpoint)
+        val = validate(model) if validate else None
+        record = {"epoch": epoch + 1, "loss": running.item() / seen, "val": val}
+        history.append(record | {"seconds": seconds, f"{unit}_per_second": seen / seconds})
+        if checkpoint:
+            content = {"settings": settings(args), "history": history}
+            content |= {"model": methods.trained_state(model), "optimizer": optimizer.state_dict()}
+            san.write(content, checkpoint)
+            validated = "" if val is None else f"validation {100 * val:.1f} %  "
+            speed = f"{seen / seconds:.0f} {unit}/s"
+            tqdm.write(f"{label}  loss {record['loss']:.3f}  {validated}{speed}", file=sys.stdout)
+    return history
+
+
+def require_finite(
+    loss: float, parameters: list, epoch: int, rate: float, checkpoint: Path | None
+) -> None:
+    if math.isfinite(loss) and all(p.isfinite().all() for p in parameters):
+        return
+    kept = f"; epoch {epoch} is kept in {checkpoint}" if checkpoint and epoch else ""
+    raise FloatingPointError(
+        f"the loss is no longer a finite number in epoch {epoch + 1} at learning rate {rate:.1e}; "
+        f"try a smaller --lr{kept}"
+    )
+
+
+def changed(args: argparse.Namespace, **own) -> argparse.Namespace:
+    """A copy of the settings, some of them changed."""
+    return argparse.Namespace(**vars(args) | own)
+
+
+def settings(args: argparse.Namespace) -> dict:
+    """The settings that decide a run's numbers; where it reads and writes does not."""
+    free = ("out", "resume", "device", "data_dir", "evaluate", "compare", "table", "plot")
+    return {key: value for key, value in vars(args).items() if key not in free}
+
+
+def require_checkpoint(out: Path) -> None:
+    """Raise ValueError if the folder `out` holds nothing to resume from, or a finished run."""
+    if any((out / name).is_file() for name in ("merged.pt", "model.pt")):
+        raise ValueError(f"the run in {out} is finished; score it with --evaluate {out}")
+    if not (out / "checkpoint.pt").is_file():
+        raise ValueError(f"there is no checkpoint in {out} to resume; start without --resume")
+
+
+def resume(
+    checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer, args: argparse.Namespace
+) -> list[dict]:
+    """Put a checkpoint's epoch back into model and optimizer; its history so far is returned.
+
+    Raises ValueError if it was made with other settings, OSError if it is broken.
+    """
+    content = san.read(checkpoint)
+    if not isinstance(content, dict) or not {"settings", "model", "optimizer"} <= content.keys():
+        raise OSError(f"{checkpoint} is no checkpoint of a run; remove it and start again")
+    old, new = content["settings"], settings(args)
+    other = [key for key in new if old.get(key) != new[key]]
+    if other:
+        key = other[0]
+        raise ValueError(
+            f"{checkpoint} was made with {key} = {old.get(key)}, not {new[key]}; resume with the "
+            "same settings"
+        )
+    own = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, value in content["model"].items():
+            own[name].copy_(value)
+    optimizer.load_state_dict(content["optimizer"])
+    return content["history"]
+
+
+def guard(work: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
+    """Do a script's work; what a user can put right ends it with one sentence and an exit code.
+
+    The device and --amp are settled first.
+    2: ValueError, a usage that makes no sense; 1: OSError, a loss that is not finite, no memory
+    left on the device; 130: Ctrl-C, which says what is kept and how to go on.
+    """
+    script = Path(sys.argv[0]).name
+    try:
+        args.device = pick_device(args.device)
+        if args.amp is None:
+            args.amp = args.device.type == "cuda" and torch.cuda.is_bf16_supported()
+        work(args)
+    except KeyboardInterrupt:
+        words = ["python", *(word for word in sys.argv if word != "--resume")]
+        checkpoint = Path(args.out or "") / "checkpoint.pt"
+        if (Path(args.out or "") / "results.jsonl").is_file():
+            kept = f"every finished run is kept; to go on: {shlex.join(words)}"
+        elif args.evaluate or not checkpoint.is_file():
+            kept = "nothing was finished yet, start again with the same command"
+        else:
+            epoch = len(san.read(checkpoint)["history"])
+            again = shlex.join([*words, "--resume"])
+            kept = f"epoch {epoch} is kept in {checkpoint}; to go on: {again}"
+        print(f"\nstopped; {kept}", file=sys.stderr)
+        sys.exit(130)
+    except (ValueError, OSError, FloatingPointError, torch.OutOfMemoryError) as error:
+        print(f"{script}: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, ValueError) else 1)
+
+
+def peak_memory(device: torch.device, start: bool = False) -> float:
+    """Peak memory in MB since the call with start=True.
+
+    On CUDA: what torch had allocated. Elsewhere the process's resident memory, as Linux counts it
+    and lets us set the count back; nan where there is no such count.
+    """
+    if device.type == "cuda":
+        if start:
+            torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    try:
+        if start:
+            Path("/proc/self/clear_refs").write_text("5")
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) / 1e3
+    except (OSError, IndexError):
+        return math.nan
+
+
+# --------------------------------------------------------------------------- one run, in this order
+
+
+def begin(args: argparse.Namespace, out: Path) -> None:
+    """Make the folder `out` ready: for --resume, or for a new run with its config.json.
+
+    Raises ValueError if there is nothing to resume, or files in it that are not from a run.
+    """
+    if args.resume:
+        return require_checkpoint(out)
+    names = ("adapter.pt", "merged.pt", "model.pt", "metrics.jsonl", "checkpoint.pt")
+    files = [out / name for name in names if (out / name).exists()]
+    if files and not (out / "config.json").exists():
+        raise ValueError(f"{files[0]} is not from a run and would be lost; choose another --out")
+    config = {k: str(v) if k == "device" else v for k, v in vars(args).items()}
+    write_text(json.dumps(config, indent=1) + "\n", out / "config.json")
+    for old in files:
+        old.unlink(missing_ok=True)
+
+
+def train_and_measure(
+    model: nn.Module, args: argparse.Namespace, note: str, train: Callable[[], list[dict]]
+) -> tuple[list[dict], dict]:
+    """Train an adapted model by train(), which gives its history; figures say what that took.
+
+    The figures are trainable (count), percent of all, seconds an epoch, peak memory in MB, and
+    val, the last validation accuracy, 0 … 1.
+    """
+    peak_memory(args.device, start=True)
+    trainable, total = methods.count(model)
+    percent = 100 * trainable / total
+    print(
+        f"{note}: trains {trainable:,} of {total:,} parameters, {percent:.2f} %, at lr {args.lr:g}"
+    )
+    history = train()
+    figures = {
+        "trainable": trainable,
+        "percent": percent,
+        "seconds": sum(record["seconds"] for record in history) / len(history),
+        "memory": peak_memory(args.device),
+        "val": history[-1]["val"],
+    }
+    return history, figures
+
+
+def conclude(
+    model: nn.Module,
+    args: argparse.Namespace,
+    history: list[dict],
+    result: dict,
+    test: Callable[[nn.Module], tuple[Tensor, dict]],
+    content: dict,
+) -> None:
+    """Save what was trained, score_and_merge the model, save it merged, and report.
+
+    result: the run's figures so far; test: as for score_and_merge; content: what a saved model
+    needs beside its state dict.
+    """
+    out = Path(args.out)
+    if args.method in ("san", "ssf"):
+        san.save_adapter(model, out / "adapter.pt")
+    elif args.method != "full":
+        san.write({"trained": methods.trained_state(model)}, out / "adapter.pt")
+    if hasattr(model, "_san"):
+        result["gamma"] = san.summary(model)["layers"]
+    result |= score_and_merge(model, test)
+    saved = out / ("model.pt" if args.method == "full" else "merged.pt")
+    san.write(content | {"state_dict": model.state_dict()}, saved)
+    write_json_lines([*history, result], out / "metrics.jsonl")
+    (out / "checkpoint.pt").unlink(missing_ok=True)
+    report(result, saved)
+
+
+def report(result: dict, saved: Path) -> None:
+    for key, what in (("test_linear", "base + linear head"), ("test_base", "base as it comes")):
+        if key in result:
+            print(f"test accuracy, {what:<20}{100 * result[key]:.2f} %")
+    print(f"test accuracy, {result['method']:<20}{100 * result['test']:.2f} %")
+    if "perplexity" in result:
+        print(f"perplexity of other documents      {result['perplexity']:.3f}")
+    if len(result.get("factors", [])) > 1:
+        print("each factor:", ", ".join(f"{100 * share:.1f} %" for share in result["factors"]))
+    print(
+        f"test accuracy, merged              {100 * result['test_merged']:.2f} %   largest output "
+        f"difference {result['merge_difference']:.1e}, "
+        f"{100 * result['merge_same']:.1f} % of the predictions the same"
+    )
+    if layers := result.get("gamma", {}).values():
+        up, down = (
+            sum(g[key] for g in layers) / len(layers) for key in ("potentiated", "depressed")
+        )
+        low, high = min(g["min"] for g in layers), max(g["max"] for g in layers)
+        print(
+            f"γ: a layer has {100 * up:.0f} % of its channels potentiated and {100 * down:.0f} % "
+            f"depressed on average; from {low:.2f} to {high:.2f}"
+        )
+    print(
+        f"saved {saved} and, beside it, {', '.join(sorted(p.name for p in saved.parent.iterdir()))}"
+    )
+
+
+def reopen(
+    args: argparse.Namespace, own: Iterable[str], wanted: Iterable[str]
+) -> tuple[argparse.Namespace, list, Path]:
+    """The settings of the saved run args.evaluate, what its model file holds, and that file.
+
+    own: settings to take from args instead; wanted: keys of the file. Raises OSError.
+    """
+    folder = Path(args.evaluate)
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        if lacking := vars(args).keys() - config.keys():
+            raise KeyError(f"config.json lacks {', '.join(sorted(lacking))}")
+        saved = argparse.Namespace(**config | {key: getattr(args, key) for key in own})
+        path = folder / ("model.pt" if saved.method == "full" else "merged.pt")
+        content = san.read(path)
+        return saved, [content[key] for key in wanted], path
+    except (ValueError, TypeError, KeyError, AttributeError, FileNotFoundError) as error:
+        raise OSError(f"{folder} is no finished run that can be scored: {error}") from error
+
+
+# ------------------------------------------------------------------------------ is the merge exact?
+
+
+def score_and_merge(model: nn.Module, test: Callable[[nn.Module], tuple[Tensor, dict]]) -> dict:
+    """Score the adapted model on the test split, merge it in place, and score it again.
+
+    test(model): its outputs and its scores, of which test is the accuracy, 0 … 1. Returns those
+    scores, test_merged, and what compare_outputs says.
+    """
+    adapted, scores = test(model)
+    methods.fold(model)
+    merged, scores_merged = test(model)
+    return scores | {"test_merged": scores_merged["test"]} | compare_outputs(adapted, merged)
+
+
+def compare_outputs(adapted: Tensor, merged: Tensor) -> dict:
+    """Do two models' outputs agree? Along the last axis: classes, options or words.
+
+    merge_difference: the largest absolute difference; merge_same: the share, 0 … 1, of pictures,
+    questions or tokens with the same largest output.
+    """
+    difference = (adapted - merged).abs().max().item()
+    same = (adapted.argmax(-1) == merged.argmax(-1)).float().mean().item()
+    return {"merge_difference": difference, "merge_same": same}
+
+
+# --------------------------------------------------------------------------------------- text files
+
+
+def write_text(text: str, path: Path) -> None:
+    """Write a small text file whole or not at all. Raises OSError."""
+    san.write(text, path, save=lambda content, file: file.write_text(content))
+
+
+def write_json_lines(records: list[dict], path: Path) -> None:
+    write_text("".join(json.dumps(record) + "\n" for record in records), path)
+
+
+# -------------------------------------------------------------------------------------------- flags
+
+
+def add_flags(p: argparse.ArgumentParser, methods: Iterable[str], epochs: int, batch: int) -> None:
+    """The flags that every training script has."""
+    add, yes_no = p.add_argument, argparse.BooleanOptionalAction
+    add("--method", default="san", choices=methods)
+    add("--mode", default="both", choices=san.MODES, help="SAN's ablation")
+    add("--norms", default=True, action=yes_no, help="train the norms with san and ssf")
+    add("--gamma-std", type=float, default=0.0, help="SAN's γ start at 1 ± this")
+    add("--rank", type=positive, default=8, help="of LoRA and DoRA")
+    add("--epochs", type=positive, default=epochs)
+    add("--batch-size", type=positive, default=batch)
+    add("--lr", type=float, help="by default what suits the method")
+    add("--weight-decay", type=float, default=0.0)
+    add("--warmup-epochs", type=float, help="by default a tenth of the epochs")
+    add("--seed", type=int, default=0, help="0 … 9999")
+    add("--device", default="auto", help="cpu, cuda, …")
+    add("--amp", action=yes_no, help="bfloat16 autocast; by default on a GPU that has it")
+    add("--out", help="default: runs/<data>-<model>-<method>-seed<k>")
+    add("--resume", action="store_true", help="go on from the last checkpoint in --out")
+    add("--evaluate", metavar="RUN", help="score a saved run again, train nothing")
+    add("--compare", action="store_true", help="all methods, learning rates searched; one table")
+    add("--seeds", type=positive, default=3, help="how many, where tables are made")
+
+
+def check_flags(p: argparse.ArgumentParser, args: argparse.Namespace, many: bool) -> None:
+    """Fill in what add_flags leaves open; a combination without a sense ends the program.
+
+    many: whether the flags ask for a table of runs rather than one.
+    """
+    if many and (args.resume or args.seed):
+        p.error("a comparison takes --seeds, the number of them, and goes on by itself")
+    if not 0 <= args.seed < 10_000:
+        p.error("--seed must lie in 0 … 9999")
+    if args.lr is not None and not 0 < args.lr < float("inf"):
+        p.error("--lr must be a number above 0")
+    if args.warmup_epochs is None:
+        args.warmup_epochs = args.epochs / 10
+    if not (0 <= args.warmup_epochs <= args.epochs and 0 <= args.weight_decay < float("inf")):
+        p.error("--warmup-epochs must lie in 0 … --epochs, and --weight-decay be 0 or more")
+    if not 0 <= args.gamma_std < float("inf"):
+        p.error("--gamma-std must be 0 or more")
+
+
+def positive(word: str) -> int:
+    number = int(word)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not a whole number above 0")
+    return number

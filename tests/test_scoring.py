@@ -1,0 +1,176 @@
+"""lab/scoring.py, and questions as batches: loss and scores are the naive ones."""
+
+import argparse
+
+import pytest
+import torch
+from asking import CPU, QUESTIONS, args_for, asked, differences, naive_scores, tiny_model
+
+import models
+import train_lm
+from lab import methods, questions, scoring
+
+each_method = pytest.mark.parametrize("method", train_lm.LEARNING_RATES)
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer) -> models.LLaMA:
+    return tiny_model(len(tokenizer))
+
+
+# ------------------------------------------------------------------------------------ the loss
+
+
+@torch.no_grad()
+def naive_loss(model: models.LLaMA, question: questions.Question, tokenizer) -> tuple[float, int]:
+    """−log p of the answer's tokens and the end after the prompt, summed; and how many they are."""
+    prompt, output = tokenizer.encode(question.prompt), tokenizer.encode(question.output)
+    tokens = torch.tensor([[*prompt, *output, tokenizer.end]])
+    logs = model(tokens)[0].double().log_softmax(-1)
+    places = range(len(prompt), tokens.shape[1])
+    return -sum(logs[i - 1, tokens[0, i]].item() for i in places), len(places)
+
+
+@torch.no_grad()
+def test_the_loss_is_over_the_answers_tokens_and_the_end_alone(model, tokenizer):
+    for question in QUESTIONS:
+        batch = questions.collate([questions.encode(question, tokenizer)])
+        total, count = naive_loss(model, question, tokenizer)
+        assert questions.token_loss(model, *batch).item() == pytest.approx(total / count, rel=1e-5)
+        tokens, labels = batch
+        learned = labels[labels != questions.IGNORE].tolist()
+        assert tokenizer.decode(learned) == question.output and learned[-1] == tokenizer.end
+        assert tokenizer.decode(tokens[0].tolist()) == question.prompt + question.output
+
+
+@torch.no_grad()
+def test_padding_changes_no_questions_loss(model, tokenizer):
+    pairs = [questions.encode(question, tokenizer) for question in QUESTIONS]
+    tokens, labels = questions.collate(pairs)
+    assert tokens.shape == labels.shape == (5, max(len(t) for t, _ in pairs) - 1)
+    sums, counts = zip(*(naive_loss(model, question, tokenizer) for question in QUESTIONS))
+    loss = questions.token_loss(model, tokens, labels)
+    assert loss.item() == pytest.approx(sum(sums) / sum(counts), rel=1e-5)
+    for row, (pair, _) in enumerate(pairs):
+        tokens[row, len(pair) - 1 :] = 300
+    assert torch.equal(questions.token_loss(model, tokens, labels), loss)
+
+
+def test_where_a_tokenizer_joins_prompt_and_answer_the_joint_is_learned():
+    joining = questions.Tokenizer(["\nthe"])
+    tokens, start = questions.encode(QUESTIONS[0], joining)
+    assert tokens[start] == 257 and joining.decode(tokens[start:]) == "\nthe correct answer is true"
+    assert joining.decode(tokens[:start]) == QUESTIONS[0].prompt.removesuffix("\n")
+
+
+# -------------------------------------------------------------------------------------- scores
+
+
+@pytest.mark.parametrize("together", [1, 2, 5])
+def test_likelihoods_are_the_naive_ones_of_options_in_sequences_of_their_own(
+    together, model, tokenizer
+):
+    largest = 0
+    for first in range(0, len(QUESTIONS), together):
+        some = QUESTIONS[first : first + together]
+        branches = [scoring.branch(question, tokenizer) for question in some]
+        found = scoring.likelihoods(model, branches, CPU)
+        assert found.shape == (len(some), max(len(q.options) for q in some))
+        for row, question in zip(found, some, strict=True):
+            expected = differences(naive_scores(model, question, tokenizer))
+            count, largest = len(question.options), max(largest, *map(abs, expected))
+            assert differences(row[:count]) == pytest.approx(expected, abs=1e-4)
+            assert (row[count:] == scoring.ABSENT).all()
+    assert largest > 1
+
+
+@pytest.mark.parametrize("method", ["ssf", "san", "san+dora"])
+def test_likelihoods_are_the_naive_ones_of_an_adapted_model(method, tokenizer):
+    model = tiny_model(len(tokenizer))
+    methods.adapt(
+        model,
+        method,
+        argparse.Namespace(wiring="exact", mode="both", shift=0, rank=2, norms=True, gamma_std=0.0),
+    )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.1 * torch.randn_like(parameter)
+    branches = [scoring.branch(question, tokenizer) for question in QUESTIONS]
+    for row, question in zip(scoring.likelihoods(model, branches, CPU), QUESTIONS, strict=True):
+        expected = differences(naive_scores(model, question, tokenizer))
+        assert differences(row[: len(expected)]) == pytest.approx(expected, abs=1e-4)
+
+
+def test_the_prompt_runs_once_however_many_options_there_are(model, tokenizer):
+    read = []
+    hook = model.embed.register_forward_hook(lambda _, inputs, __: read.append(inputs[0].numel()))
+    for question in QUESTIONS:
+        prompt = len(tokenizer.encode(question.prompt))
+        tails = [len(tokenizer.encode(" " + option)) for option in question.options]
+        scoring.likelihoods(model, [scoring.branch(question, tokenizer)], CPU)
+        assert read.pop() <= prompt + 1 + sum(tails) and not read
+    hook.remove()
+
+
+def test_answers_come_in_the_order_of_the_questions_whatever_is_batched(model, tokenizer):
+    found = scoring.answer(model, QUESTIONS, tokenizer, args_for(batch_size=1))
+    assert found.shape == (5, 5)
+    for row, question in zip(found, QUESTIONS, strict=True):
+        expected = differences(naive_scores(model, question, tokenizer))
+        assert differences(row[: len(expected)]) == pytest.approx(expected, abs=1e-4)
+        assert (row[len(expected) :] == scoring.ABSENT).all()
+
+
+@pytest.mark.parametrize(
+    ("text", "first"),
+    [
+        ("the correct answer is answer2", 1),
+        ("answer3, not answer1", 2),
+        ("the correct answer is", -1),
+        ("", -1),
+    ],
+)
+def test_the_first_option_that_a_text_names_is_its_answer(text, first):
+    assert scoring.first_named(text, ["answer1", "answer2", "answer3"]) == first
+
+
+@pytest.mark.parametrize(("text", "first"), [("it is bowl", 1), ("it is pendant", -1)])
+def test_an_option_within_a_longer_word_is_not_named(text, first):
+    assert scoring.first_named(text, ["bow", "bowl", "pen"]) == first
+
+
+def test_an_option_that_another_begins_with_has_something_of_its_own_to_be_scored():
+    question = asked("Which?", ["bow", "bowl"])
+    assert all(scoring.branch(question, questions.Tokenizer([])).tails)
+
+
+def test_generated_answers_are_right_where_they_name_the_right_option_first(
+    model, tokenizer, monkeypatch
+):
+    said = iter(["it is true", "answer4 or answer5", "the small bag of the baker", "", "ending4"])
+    monkeypatch.setattr(train_lm, "speak", lambda *_: next(said))
+    scores = scoring.answer(model, QUESTIONS, tokenizer, args_for(score="generate"))
+    rights = [scoring.accuracy(scores[i : i + 1], QUESTIONS[i : i + 1]) for i in range(5)]
+    assert rights == [1, 0, 1, 0, 1]
+
+
+def test_a_model_speaks_its_likeliest_tokens_until_the_end(model, tokenizer, monkeypatch):
+    question, tokens = QUESTIONS[0], tokenizer.encode(QUESTIONS[0].prompt)
+    prompt, said = len(tokens), []
+    for _ in range(scoring.ANSWER_TOKENS):
+        with torch.no_grad():
+            tokens.append(model(torch.tensor([tokens]))[0, -1].argmax().item())
+    assert scoring.speak(model, tokenizer, question) == tokenizer.decode(tokens[prompt:]).strip()
+    end = tokens[prompt + 3]
+    said = tokens[prompt : tokens.index(end, prompt)]
+    monkeypatch.setattr(tokenizer, "end", end)
+    assert scoring.speak(model, tokenizer, question) == tokenizer.decode(said).strip()
+
+
+def test_accuracy_counts_right_answers_and_ties_are_wrong():
+    absent = scoring.ABSENT
+    scores = torch.tensor([[2.0, 1, absent], [1, 2, 3], [0, 0, absent], [3, 3, 1], [-9, -5, -7]])
+    right = [asked("?", ["a", "b", "c"], answer) for answer in (0, 2, 0, 0, 0)]
+    assert scoring.accuracy(scores, right) == pytest.approx(2 / 5)
