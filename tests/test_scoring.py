@@ -150,7 +150,7 @@ def test_generated_answers_are_right_where_they_name_the_right_option_first(
     model, tokenizer, monkeypatch
 ):
     said = iter(["it is true", "answer4 or answer5", "the small bag of the baker", "", "ending4"])
-    monkeypatch.setattr(train_lm, "speak", lambda *_: next(said))
+    monkeypatch.setattr(scoring, "speak", lambda *_: next(said))
     scores = scoring.answer(model, QUESTIONS, tokenizer, args_for(score="generate"))
     rights = [scoring.accuracy(scores[i : i + 1], QUESTIONS[i : i + 1]) for i in range(5)]
     assert rights == [1, 0, 1, 0, 1]
