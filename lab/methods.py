@@ -161,8 +161,7 @@ def links_of(model: nn.Module, wiring: str) -> list[san.Link]:
     if isinstance(model, models.ViT):
         return model.links(wiring)
     if wiring == "authors":
-        kind = type(model).__name__
-        raise ValueError(f"the authors wired a ViT, and this is a {kind}; leave --wiring out")
+        raise ValueError("the authors' wiring is defined for ViT alone; leave --wiring out")
     return model.links()
 
 

@@ -266,7 +266,7 @@ def test_compare_writes_one_row_a_method_and_does_nothing_twice(flags, tmp_path,
         scored = [line for line in own if line["part"] == "test"]
         assert len(tried) == 3 and len(scored) == 2
         assert tried[scored[0]["lr"]] == max(tried.values()) == scored[0]["val"]
-    monkeypatch.setattr(train_vision, "train_method", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(train_vision, "train", lambda *_: pytest.fail("trained again"))
     assert command(*words) == 0
     assert (tmp_path / "table.md").read_text() == table
 
@@ -348,7 +348,7 @@ def test_a_suite_runs_what_there_is_and_says_what_it_left_out(
     assert "left out: dtd" in printed and "could not" in printed  # there is no network
     header = "| model | method | trained | resisc45 | dmlab | specialised | structured | mean |"
     assert header in (tmp_path / "out" / "table.md").read_text()
-    monkeypatch.setattr(train_vision, "train_method", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(train_vision, "train", lambda *_: pytest.fail("trained again"))
     assert command(*words, "--out", tmp_path / "out") == 0
     words[words.index("--data-dir") + 1] = tmp_path / "nothing"
     assert command(*words, "--out", tmp_path / "none") == 1
