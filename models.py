@@ -1,11 +1,24 @@
 """Four backbones written by hand, ViT, ConvNeXt, Swin and LLaMA, with their links for `san.attach`.
 
-A model here is its forward pass: `features` gives one vector a picture, or one a token of a text,
-and `head` reads it. `links()` says which layer is anterior to which; the table and its reasons are
-in each docstring.
+In each, `features` gives one vector per image or per token, `head` makes logits of it, and `links`
+says which layer is anterior to which. γ acts twice: on the anterior's output z, and on the columns
+of the posterior. Whether the second use brings new functions within reach, and not only another
+course of training, depends on f, what lies between the two layers:
 
-B pictures or texts, N tokens, C channels, h heads of d channels, V words, H×W pixels; pixels come
-in normalised, B×3×H×W.
+exact   f(γ ⊙ z) = γ ⊙ f(z), and nothing but the posterior reads z. No new functions: z is scaled
+        by γ² in effect [P], and feature scaling alone could scale it so.
+norm    A norm that only the posterior reads, or posteriors of the same anterior. No new functions
+        if it is trained: its weight and bias, times γ, do the same [us]. New ones if it is frozen.
+GELU    New functions [P]: γ ⊙ GELU(γ ⊙ z) is GELU(k ⊙ z) for no k, unless γ is 0 or 1.
+
+The residual stream is the sum of what many layers wrote, so a layer that reads it has no single
+anterior. Our rule is its last writer, the layer that added to it last [us]. That is a convention,
+not an identity: γ scales only what the last writer adds, its propagated copy the whole stream,
+after the norm if there is one. In a ViT's first block that includes the class token.
+
+B images or texts, N tokens, C channels (`dim`), h heads of d channels each, V words, H×W pixels;
+`depth` counts blocks; `image_size` and `patch` are pixels a side, `window` is places a side.
+[P] the paper, [C] its authors' v1 code, [us] our reading or choice; san.py names them in full.
 """
 
 import math
@@ -84,7 +97,7 @@ class ViT(nn.Module):
         initialise(self)
 
     def features(self, images: Tensor) -> Tensor:
-        """Normalised pictures, B×3×H×W → the class token after the last norm, B×C."""
+        """Normalised pixels, B×3×H×W → the class token after the last norm, B×C."""
         x = self.patch_embed(images).flatten(2).transpose(1, 2)  # B N C
         x = torch.cat([self.class_token.expand(len(x), -1, -1), x], dim=1) + self.position
         for block in self.blocks:
@@ -97,31 +110,36 @@ class ViT(nn.Module):
     def links(self, wiring: str = "san") -> list[Link]:
         """The links of every layer but the head.
 
-        layer      exact (our reading of the paper)        authors (their v1 code)
-        qkv        the last layer that wrote to the        patch_embed, in every block
-                   stream: patch_embed, then fc2
-        attn.proj  the value third of qkv: attention       none
-                   mixes tokens, not channels, so
-                   A (γ ⊙ v) = γ ⊙ (A v) is exact
-        fc1        attn.proj, through residual and norm    attn.proj
-        fc2        fc1, through GELU                       fc1
+        layer      anterior                              between
+        qkv        last writer: patch_embed, then fc2    norm
+        attn.proj  the value third of qkv                attention, exact: A (γ ⊙ v) = γ ⊙ (A v),
+                                                         since A mixes tokens, not channels
+        fc1        last writer: attn.proj                norm
+        fc2        fc1                                   GELU
+
+        Propagated nowhere: the γ of q, of k, and of the last fc2. With trained norms only fc2
+        reaches functions that feature scaling cannot [us].
+
+        wiring: "san" is this table [us]. "authors" [C] differs in two rows: qkv reads patch_embed
+        in every block, attn.proj nothing; so no γ of a qkv or fc2 is propagated.
+        Raises ValueError for another wiring.
         """
         if wiring not in ("san", "authors"):
             raise ValueError(f"wiring '{wiring}' is unknown; choose 'san' or 'authors'")
-        exact = wiring == "san"
         dim = self.head.in_features
-        value_third = range(2 * dim, 3 * dim)
-        links, stream = [Link("patch_embed")], "patch_embed"
+        value_third = range(2 * dim, 3 * dim)  # q, k and v are qkv's outputs in a row
+        links, last_writer = [Link("patch_embed")], "patch_embed"
         for i in range(len(self.blocks)):
             attn, mlp = f"blocks.{i}.attn", f"blocks.{i}.mlp"
-            links.append(Link(f"{attn}.qkv", stream))
-            links.append(
-                Link(f"{attn}.proj", f"{attn}.qkv", value_third) if exact else Link(f"{attn}.proj")
-            )
+            if wiring == "san":
+                links.append(Link(f"{attn}.qkv", last_writer))
+                links.append(Link(f"{attn}.proj", f"{attn}.qkv", value_third))
+            else:
+                links.append(Link(f"{attn}.qkv", "patch_embed"))
+                links.append(Link(f"{attn}.proj"))
             links.append(Link(f"{mlp}.fc1", f"{attn}.proj"))
             links.append(Link(f"{mlp}.fc2", f"{mlp}.fc1"))
-            if exact:
-                stream = f"{mlp}.fc2"
+            last_writer = f"{mlp}.fc2"
         return links
 
 
@@ -129,7 +147,7 @@ class ViT(nn.Module):
 
 
 def stochastic_depth(z: Tensor, rate: float) -> Tensor:
-    """A branch's output, B×…×…×…, zero with probability `rate`, else z / (1 − rate), by picture."""
+    """A branch's output z, B×…×…×…; per image, 0 with probability `rate`, else z / (1 − rate)."""
     if rate == 0:
         return z
     keep = 1 - rate
@@ -146,7 +164,7 @@ class LayerNorm2d(nn.LayerNorm):
 class ConvNeXtBlock(nn.Module):
     """x + layer_scale ⊙ pwconv2(GELU(pwconv1(norm(dwconv(x))))), dropped whole at random.
 
-    The pointwise convolutions are linear layers on channels-last pictures. `layer_scale` is
+    The pointwise convolutions are linear layers on channels-last images. `layer_scale` is
     ConvNeXt's own; its paper calls it gamma, a name that belongs to SAN's feature scale here.
     """
 
@@ -167,17 +185,20 @@ class ConvNeXtBlock(nn.Module):
 
 
 class ConvNeXt(nn.Module):
-    """ConvNeXt (Liu et al. 2022): a stem and stages of blocks, a halving convolution between."""
+    """ConvNeXt (Liu et al. 2022): a stem, then stages of blocks with a halving convolution between.
+
+    depths, dims: one number of blocks and one of channels per stage.
+    """
 
     def __init__(
         self, outputs: int, image_size: int, depths: tuple, dims: tuple, drop_path: float
     ) -> None:
         super().__init__()
-        smallest = 4 * 2 ** (len(dims) - 1)  # what leaves one place after every halving
+        smallest = 4 * 2 ** (len(dims) - 1)  # the stem divides a side by 4, each later stage by 2
         if image_size < smallest:
             raise ValueError(f"image size {image_size} is too small; take {smallest} or more")
         self.image_size = image_size
-        # deeper blocks drop more often; on the CPU whatever torch's default device is
+        # deeper blocks drop more often; on the CPU, since the default device may be "meta"
         rates = torch.linspace(0, drop_path, sum(depths), device="cpu").tolist()
         self.stem = nn.Sequential(
             nn.Conv2d(3, dims[0], kernel_size=4, stride=4), LayerNorm2d(dims[0], eps=1e-6)
@@ -195,9 +216,9 @@ class ConvNeXt(nn.Module):
         initialise(self)
 
     def features(self, images: Tensor) -> Tensor:
-        """Normalised pictures, B×3×H×W → the average over places after the last norm, B×C."""
+        """Normalised pixels, B×3×H×W → the last norm of the average over places, B×C."""
         # channels-last, since the norms and pointwise layers want it: about 1.5 times as fast
-        x = self.stem(images.contiguous(memory_format=torch.channels_last))
+        x = self.stem(images.contiguous(memory_format=torch.channels_last))  # B C H/4 W/4
         for i, stage in enumerate(self.stages):
             x = stage(self.downsample[i - 1](x) if i else x)
         return self.norm(x.mean((2, 3)))
@@ -205,31 +226,31 @@ class ConvNeXt(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         return self.head(self.features(images))
 
-    def links(self, wiring: str = "san") -> list[Link]:
-        """The links of every layer but the head: each layer's anterior is the layer before it.
+    def links(self) -> list[Link]:
+        """The links of every layer but the head, each to the layer before it [us].
 
-        layer            anterior
-        dwconv           the last layer that wrote to the stream: stem, downsample or pwconv2
-                         (output channel c reads input channel c alone)
-        pwconv1          dwconv, through the norm
-        pwconv2          pwconv1, through GELU
-        downsample conv  the stage's last pwconv2
+        layer            anterior                                  between
+        dwconv           last writer: stem, downsample or pwconv2  the stream, no norm of its own
+        pwconv1          dwconv                                    norm
+        pwconv2          pwconv1                                   GELU
+        downsample conv  last writer: the stage's last pwconv2     norm
 
-        Raises ValueError for a wiring other than "san": the authors' v1 code wires ViTs.
+        No row is exact. Propagated nowhere: the γ of the last pwconv2. With trained norms pwconv2
+        reaches functions that feature scaling cannot. Without a shift dwconv does too: its output
+        c reads input c alone, so the anterior's γ' makes w ∗ x + b into γ' ⊙ (w ∗ x) + b, which
+        dwconv's own γ and β could do, but not its γ alone [us].
         """
-        if wiring != "san":
-            raise ValueError(f"wiring '{wiring}' is defined for ViT alone; choose 'san'")
-        links, stream = [Link("stem.0")], "stem.0"
+        links, last_writer = [Link("stem.0")], "stem.0"
         for i, stage in enumerate(self.stages):
             if i:
-                links.append(Link(f"downsample.{i - 1}.1", stream))
-                stream = f"downsample.{i - 1}.1"
+                links.append(Link(f"downsample.{i - 1}.1", last_writer))
+                last_writer = f"downsample.{i - 1}.1"
             for j in range(len(stage)):
                 block = f"stages.{i}.{j}"
-                links.append(Link(f"{block}.dwconv", stream))
+                links.append(Link(f"{block}.dwconv", last_writer))
                 links.append(Link(f"{block}.pwconv1", f"{block}.dwconv"))
                 links.append(Link(f"{block}.pwconv2", f"{block}.pwconv1"))
-                stream = f"{block}.pwconv2"
+                last_writer = f"{block}.pwconv2"
         return links
 
 
@@ -251,10 +272,10 @@ def from_windows(x: Tensor, window: int, height: int) -> Tensor:
 class WindowAttention(Attention):
     """Attention inside windows of w×w places, softmax(q kᵀ / √d + bias) v, on B×H×W×C.
 
-    The bias is learned, one number for each head and each of the (2w − 1)² offsets from one place
-    of a window to another. With a shift s the grid is first rolled up and left by s, cyclically,
-    so that windows straddle the borders of the unshifted ones; attention is then masked between
-    places that the roll alone made neighbours. The grid is padded with zeros to whole windows.
+    The bias is learned, one number per head and per offset from one place of a window to another,
+    (2w − 1)² offsets. The grid is first padded with zeros to whole windows. With a shift s it is
+    then rolled up and left by s, cyclically, so that windows straddle the borders of the unshifted
+    ones; attention is masked between places that only the roll made neighbours.
     """
 
     def __init__(self, dim: int, heads: int, window: int, shift: int):
@@ -262,7 +283,7 @@ class WindowAttention(Attention):
         self.window, self.shift = window, shift
         self.offset_bias = nn.Parameter(torch.zeros((2 * window - 1) ** 2, heads))
         nn.init.trunc_normal_(self.offset_bias, std=0.02)
-        # place (y, x) becomes y (2w − 1) + x, so that a difference of two tells the offset
+        # place (y, x) becomes y (2w − 1) + x, so that the difference of two gives their offset
         place = torch.arange(window**2)
         place = place // window * (2 * window - 1) + place % window
         index = place[:, None] - place + 2 * window * (window - 1)  # w²×w², from 0 on
@@ -272,7 +293,8 @@ class WindowAttention(Attention):
         w, (height, width) = self.window, x.shape[1:3]
         x = F.pad(x, (0, 0, 0, -width % w, 0, -height % w))
         sides = x.shape[1:3]
-        shifts = [self.shift if side > w else 0 for side in sides]  # one window holds it all
+        # a side that one window holds is not shifted
+        shifts = [self.shift if side > w else 0 for side in sides]
         x = to_windows(x.roll([-s for s in shifts], dims=(1, 2)), w)
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # B n w² 3 h d
         q, k, v = qkv.permute(3, 0, 1, 4, 2, 5)  # each B n h w² d
@@ -284,9 +306,10 @@ class WindowAttention(Attention):
         return from_windows(x, w, sides[0]).roll(shifts, dims=(1, 2))[:, :height, :width]
 
     def apart(self, sides: Sequence[int], shifts: Sequence[int]) -> Tensor:
-        """n×w²×w², True for two places of a shifted window that are no neighbours in the picture.
+        """n×w²×w², True for two places of a window that are no neighbours in the image.
 
-        They are those on either side of the seam, s places before the rolled grid's end.
+        The roll moved the first s rows and columns to the end: of such two places, one is among
+        those and the other is not.
         """
         below, right = (
             torch.arange(side, device=self.index.device) >= side - shift
@@ -315,7 +338,7 @@ class SwinBlock(nn.Module):
 
 
 class PatchMerging(nn.Module):
-    """Each 2×2 neighbours side by side, 4C channels, then reduction(norm(x)): 4C → 2C."""
+    """The channels of 2×2 neighbours side by side, 4C, then reduction(norm(x)): 4C → 2C."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -333,7 +356,7 @@ class Swin(nn.Module):
     """Swin Transformer (Liu et al. 2021): attention in windows, shifted in every second block.
 
     Stages of blocks with a patch merging between, which halves the grid and doubles the channels.
-    dim: channels of the first stage; depths, heads: a number for each stage.
+    dim: channels of the first stage; depths, heads: one number of blocks and of heads per stage.
     """
 
     def __init__(
@@ -368,7 +391,7 @@ class Swin(nn.Module):
         initialise(self)
 
     def features(self, images: Tensor) -> Tensor:
-        """Normalised pictures, B×3×H×W → the average over places of the last norm, B×C."""
+        """Normalised pixels, B×3×H×W → the average over places of the last norm, B×C."""
         x = self.patch_norm(self.patch_embed(images).permute(0, 2, 3, 1))  # B H/p W/p C
         for i, stage in enumerate(self.stages):
             x = stage(self.downsample[i - 1](x) if i else x)
@@ -377,35 +400,36 @@ class Swin(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         return self.head(self.features(images))
 
-    def links(self, wiring: str = "san") -> list[Link]:
-        """The links of every layer but the head.
+    def links(self) -> list[Link]:
+        """The links of every layer but the head [us].
 
-        layer      anterior
-        qkv        the last layer that wrote to the stream: patch_embed, reduction or fc2
-        attn.proj  the value third of qkv, exact as in ViT: windows, shifts and biases choose
-                   which tokens mix, and channels still do not
-        fc1        attn.proj, through residual and norm
-        fc2        fc1, through GELU
-        reduction  the stage's last fc2, its channels repeated for each of the 4 neighbours
+        layer      anterior                                           between
+        qkv        last writer: patch_embed or reduction, then fc2    norm
+        attn.proj  the value third of qkv                             attention, exact as in ViT:
+                                                                      windows, shifts and biases
+                                                                      decide which tokens mix
+        fc1        last writer: attn.proj                             norm
+        fc2        fc1                                                GELU
+        reduction  last writer: the stage's last fc2, each channel    norm
+                   repeated for the 4 neighbours side by side
 
-        Raises ValueError for a wiring other than "san": the authors' v1 code wires ViTs.
+        Propagated nowhere: the γ of q, of k, and of the last stage's last fc2. With trained norms
+        only fc2 reaches functions that feature scaling cannot [us].
         """
-        if wiring != "san":
-            raise ValueError(f"wiring '{wiring}' is defined for ViT alone; choose 'san'")
-        links, stream = [Link("patch_embed")], "patch_embed"
+        links, last_writer = [Link("patch_embed")], "patch_embed"
         for i, stage in enumerate(self.stages):
             dim = len(stage[0].norm1.weight)
             if i:
                 merging = f"downsample.{i - 1}.reduction"
-                links.append(Link(merging, stream, [*range(dim // 2)] * 4))
-                stream = merging
+                links.append(Link(merging, last_writer, [*range(dim // 2)] * 4))
+                last_writer = merging
             for j in range(len(stage)):
                 attn, mlp = f"stages.{i}.{j}.attn", f"stages.{i}.{j}.mlp"
-                links.append(Link(f"{attn}.qkv", stream))
+                links.append(Link(f"{attn}.qkv", last_writer))
                 links.append(Link(f"{attn}.proj", f"{attn}.qkv", range(2 * dim, 3 * dim)))
                 links.append(Link(f"{mlp}.fc1", f"{attn}.proj"))
                 links.append(Link(f"{mlp}.fc2", f"{mlp}.fc1"))
-                stream = f"{mlp}.fc2"
+                last_writer = f"{mlp}.fc2"
         return links
 
 
@@ -415,7 +439,7 @@ class Swin(nn.Module):
 class RMSNorm(nn.Module):
     """weight ⊙ x / √(mean(x²) + ε) over channels, computed in float32 at least, x's type again.
 
-    The weight is wanted in float32 even where the layers around are bfloat16: it may be trained.
+    The weight is kept in float32 even where the layers around are bfloat16: it may be trained.
     """
 
     def __init__(self, dim: int, eps: float):
@@ -487,12 +511,12 @@ class GroupedAttention(nn.Module):
         q, k = rotate(q, *rotation), rotate(k, *rotation)
         if past is not None:
             k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
-        # repeated here: not every fast kernel takes fewer k than q; a view where there is one each
+        # k and v per query head: not every fast kernel repeats them; no copy where repeats is 1
         repeats = q.shape[1] // k.shape[1]
         keys, values = (
             t.unsqueeze(2).expand(-1, -1, repeats, -1, -1).flatten(1, 2) for t in (k, v)
         )
-        # a single token may look at all there is
+        # a single token may see all that came before it
         causal = mask is None and q.shape[2] > 1
         z = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, is_causal=causal)
         return self.o_proj(z.transpose(1, 2).flatten(2)), (k, v)
@@ -534,13 +558,11 @@ class LLaMABlock(nn.Module):
 class LLaMA(nn.Module):
     """LLaMA (Touvron et al. 2023): a causal transformer with rotary positions, RMSNorm, SwiGLU.
 
-    tied: head and embedding share one weight. head_dim: d, dim / heads if None. context: the
-    longest text it is made for, which nothing here enforces. LLaMA(**model.numbers) is another
-    model of the same size. Raises ValueError if the numbers do not fit.
+    tied: head and embedding share one weight. head_dim: d; None is dim / heads. context: the
+    longest text it is made for, in tokens, which nothing here enforces. `config` holds these
+    arguments: LLaMA(**model.config) is another model of the same size.
+    Raises ValueError if they do not fit together.
     """
-
-    # where the papers compared with LoRA and DoRA put them (the setting of LLM-Adapters)
-    LOW_RANK = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
 
     def __init__(
         self,
@@ -558,7 +580,7 @@ class LLaMA(nn.Module):
         rope_scaling: dict | None = None,
     ) -> None:
         super().__init__()
-        self.numbers = dict(
+        self.config = dict(
             vocab=vocab,
             dim=dim,
             depth=depth,
@@ -603,8 +625,8 @@ class LLaMA(nn.Module):
 
         positions: B×N; None counts on from the cache's length P (0 without one).
         mask: bool, broadcastable to B×1×N×(P+N), True where a token may look; None is causal.
-        cache: [None] * depth at first; each call appends the keys, rotated, and values of its
-        tokens: one pair, each B×kv_heads×(P+N)×d, a block.
+        cache: [None] * depth at first; each call appends its tokens' rotated keys and values, one
+        pair per block, each B×kv_heads×(P+N)×d.
         """
         count = tokens.shape[1]
         past = 0 if cache is None or cache[0] is None else cache[0][0].shape[2]
@@ -613,14 +635,13 @@ class LLaMA(nn.Module):
         if mask is None and past and count > 1:  # is_causal knows of no past
             seen = torch.ones(count, past + count, dtype=torch.bool, device=tokens.device)
             mask = seen.tril(past)
-        # made anew and no buffer, which `model.to(torch.bfloat16)` would round: angles need float32
-        scaling = self.numbers["rope_scaling"]
-        frequencies = rotary_frequencies(
-            self.head_dim, self.numbers["rope_base"], scaling, tokens.device
-        )
+        # Angles need float32. `model.to(torch.bfloat16)` would round frequencies kept in a buffer,
+        # so they are computed per call.
+        base, scaling = self.config["rope_base"], self.config["rope_scaling"]
+        frequencies = rotary_frequencies(self.head_dim, base, scaling, tokens.device)
         angles = positions[:, None, :, None] * frequencies  # B×1×N×d/2
         rotation = angles.cos(), angles.sin()
-        x = self.embed(tokens)
+        x = self.embed(tokens)  # B N C
         for i, block in enumerate(self.blocks):
             x, present = block(x, rotation, mask, None if cache is None else cache[i])
             if cache is not None:
@@ -637,39 +658,42 @@ class LLaMA(nn.Module):
         """As `features`, then the head: logits, B×N×V."""
         return self.head(self.features(tokens, positions, mask, cache))
 
-    def links(self, wiring: str = "san") -> list[Link]:
-        """The links of every layer but the head.
+    def links(self) -> list[Link]:
+        """The links of every layer but the head [us].
 
-        layer             anterior
-        q, k, v_proj      the last layer that wrote to the stream: the previous block's down_proj
-                          (block 0: none, the embedding is no layer)
-        o_proj            v_proj, each channel repeated for the query heads that share it:
-                          attention mixes tokens, not channels, so A (γ ⊙ v) = γ ⊙ (A v) is exact
-        gate, up_proj     o_proj, through residual and norm
-        down_proj         up_proj: silu(g) ⊙ (γ ⊙ u) = γ ⊙ (silu(g) ⊙ u) is exact
+        layer          anterior                               between
+        q, k, v_proj   last writer: the previous block's      norm
+                       down_proj; in block 0 none, since the
+                       embedding has no γ
+        o_proj         v_proj, each channel repeated for the  attention, exact as in ViT:
+                       query heads that share it              A (γ ⊙ v) = γ ⊙ (A v)
+        gate, up_proj  last writer: o_proj                    norm
+        down_proj      up_proj                                the gate, exact: silu(g) ⊙ (γ ⊙ u)
+                                                              = γ ⊙ (silu(g) ⊙ u)
 
-        Raises ValueError for a wiring other than "san": the authors' v1 code wires ViTs.
+        Propagated nowhere: the γ of every q, k and gate_proj, and of the last down_proj. With
+        trained norms no link reaches functions that feature scaling cannot [us].
         """
-        if wiring != "san":
-            raise ValueError(f"wiring '{wiring}' is defined for ViT alone; choose 'san'")
+        # value_of[h·d + c] = ⌊h / group⌋·d + c: the channel of v_proj at o_proj's input h·d + c
         group, d = self.heads // self.kv_heads, self.head_dim
-        value_of = [head // group * d + c for head in range(self.heads) for c in range(d)]
-        links, stream = [], None
+        value_of = [h // group * d + c for h in range(self.heads) for c in range(d)]
+        links, last_writer = [], None
         for i in range(len(self.blocks)):
             attn, mlp = f"blocks.{i}.attn", f"blocks.{i}.mlp"
-            links += [Link(f"{attn}.{name}_proj", stream) for name in "qkv"]
+            links += [Link(f"{attn}.{name}_proj", last_writer) for name in "qkv"]
             links.append(Link(f"{attn}.o_proj", f"{attn}.v_proj", value_of))
             links += [Link(f"{mlp}.{name}_proj", f"{attn}.o_proj") for name in ("gate", "up")]
             links.append(Link(f"{mlp}.down_proj", f"{mlp}.up_proj"))
-            stream = f"{mlp}.down_proj"
+            last_writer = f"{mlp}.down_proj"
         return links
 
 
 @torch.no_grad()
 def generate(model: LLaMA, tokens: list[int], count: int, stop: int | None = None) -> list[int]:
-    """Up to `count` tokens that follow a prompt of one or more, the likeliest each time.
+    """Greedy decoding: up to `count` tokens after the prompt `tokens`, the likeliest each time.
 
-    It ends before `stop`; the context's length is the caller's concern. Source: greedy decoding.
+    It ends before the token `stop`. The prompt has one token or more; whether it fits the model's
+    context is the caller's concern.
     """
     cache, new = [None] * len(model.blocks), []
     x = torch.tensor([tokens], device=model.embed.weight.device)  # 1×N, then 1×1
@@ -694,11 +718,11 @@ def initialise(model: nn.Module, std: float = 0.02) -> None:
                 nn.init.zeros_(module.bias)
 
 
-# A LLaMA but for its vocabulary, which the tokenizer gives. It is pre-trained on 128 tokens at a
+# LLaMA's config but for `vocab`, which the tokenizer gives. It is pre-trained on 128 tokens at a
 # time; rotary positions allow more, and the real tasks spelled in bytes need it.
 LLAMA_MICRO = dict(dim=128, depth=4, heads=4, kv_heads=2, hidden=384, context=2048)
 
-# name: class, picture size it is made for, and the numbers that make its size
+# name: class, image size it is made for, and its config, the class's other arguments
 SIZES = {
     "vit_micro": (ViT, 32, dict(patch=4, dim=96, depth=4, heads=3)),
     "vit_tiny": (ViT, 224, dict(patch=16, dim=192, depth=12, heads=3)),
@@ -735,11 +759,11 @@ SIZES = {
 
 
 def build(name: str, outputs: int, image_size: int | None = None) -> nn.Module:
-    """The model `name` of SIZES with random weights, `outputs` logits, for pictures of that size.
+    """The model `name` of SIZES with random weights and `outputs` logits, for images of a size.
 
     Raises ValueError if the name is unknown or the image size does not fit the model.
     """
     if name not in SIZES:
         raise ValueError(f"model '{name}' is unknown; choose one of {', '.join(SIZES)}")
-    model_class, default_size, numbers = SIZES[name]
-    return model_class(outputs, image_size or default_size, **numbers)
+    model_class, default_size, config = SIZES[name]
+    return model_class(outputs, image_size or default_size, **config)

@@ -107,10 +107,10 @@ def load_model(args: argparse.Namespace) -> tuple[models.LLaMA, Tokenizer | Llam
                 f"--weights {path} holds no LLaMA of ours; give a model.pt of a run, or a folder "
                 "with config.json, model.safetensors and tokenizer.json"
             ) from error
-    if len(tokenizer) > model.numbers["vocab"]:
+    if len(tokenizer) > model.config["vocab"]:
         raise ValueError(
             f"--weights {path}: the tokenizer has {len(tokenizer)} tokens, the model only "
-            f"{model.numbers['vocab']}; they do not belong together"
+            f"{model.config['vocab']}; they do not belong together"
         )
     for name, parameter in model.named_parameters():  # norms are trained: as precise as γ
         parameter.data = parameter.data.to(torch.float32 if "norm" in name else dtype)
@@ -271,7 +271,7 @@ def run(args: argparse.Namespace) -> None:
     said = [speak(model, tokenizer, question) for question in shown]
     history, figures = train(model, job, args, Path(args.out), args.method)
     result |= figures | {"wall": time.perf_counter() - started}
-    content = {"numbers": model.numbers, "tokenizer": tokenizer.saved}
+    content = {"numbers": model.config, "tokenizer": tokenizer.saved}
     loop.conclude(model, args, history, result, job.test, content)
     if asked:
         print_beside_guesses(asked, before, result["parts"])

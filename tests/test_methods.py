@@ -201,6 +201,10 @@ def test_a_method_trains_this_and_nothing_else(method):
     assert reached == TRAINED[method]
 
 
+def test_low_rank_names_linked_layers():
+    assert {*methods.LOW_RANK} < {link.layer.rpartition(".")[2] for link in llama().links()}
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("method", ADDING)

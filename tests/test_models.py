@@ -8,8 +8,10 @@ import torchvision
 from tiny import (
     TINY_SWIN,
     difference,
+    propagated_nowhere,
     random_images,
     randomise,
+    reaching_new_functions,
     tiny_convnext,
     tiny_swin,
     tiny_vit,
@@ -265,7 +267,7 @@ def plain(links: list[Link]) -> list[tuple]:
     return [(layer, anterior, index and list(index)) for layer, anterior, index in links]
 
 
-def test_vits_exact_links_are_those_of_the_method():
+def test_vits_links_are_those_of_the_method():
     assert plain(tiny_vit().links()) == [
         ("patch_embed", None, None),
         ("blocks.0.attn.qkv", "patch_embed", None),
@@ -336,14 +338,14 @@ def test_every_layer_but_the_head_is_linked(name):
 
 
 @pytest.mark.parametrize(
-    "name, wiring", [("vit_micro", "authors"), *((name, "exact") for name in MICRO)]
+    "name, wiring", [("vit_micro", ["authors"]), *((name, []) for name in MICRO)]
 )
 def test_links_attach_and_leave_the_output_exactly_as_it_was(name, wiring):
     model = randomise(models.build(name, outputs=5))
     base = copy.deepcopy(model)
-    san.attach(model, model.links(wiring), shift=True)
+    san.attach(model, model.links(*wiring), shift=True)
     assert difference(base, model, random_images(32)) == 0
-    assert len(san.summary(model)["layers"]) == len(base.links(wiring))
+    assert len(san.summary(model)["layers"]) == len(base.links(*wiring))
 
 
 @torch.no_grad()
@@ -365,24 +367,101 @@ def test_swins_cheap_form_its_explicit_form_and_its_merge_agree(monkeypatch):
     assert model.state_dict().keys() == base.state_dict().keys()
 
 
+def test_a_wiring_that_vit_does_not_have_is_refused_with_the_choices():
+    with pytest.raises(ValueError, match="'autors'.*'san'.*'authors'"):
+        tiny_vit().links("autors")
+
+
+QUERIES_AND_KEYS = [*range(16)]  # of qkv's 3 × 8 outputs
+
+
 @pytest.mark.parametrize(
-    "build, wiring",
+    "model, wiring, expected",
     [
-        (tiny_vit, "autors"),
-        *(
-            (build, wiring)
-            for build in (tiny_convnext, tiny_swin)
-            for wiring in ("authors", "autors")
+        (
+            tiny_vit(),
+            [],
+            {
+                "blocks.0.attn.qkv": QUERIES_AND_KEYS,
+                "blocks.1.attn.qkv": QUERIES_AND_KEYS,
+                "blocks.1.mlp.fc2": [*range(8)],
+            },
+        ),
+        (
+            tiny_vit(),
+            ["authors"],
+            {f"blocks.{i}.attn.qkv": [*range(24)] for i in range(2)}
+            | {f"blocks.{i}.mlp.fc2": [*range(8)] for i in range(2)},
+        ),
+        (tiny_convnext(), [], {"stages.1.1.pwconv2": [*range(8)]}),
+        (
+            tiny_swin(depths=(1, 1)),
+            [],
+            {
+                "stages.0.0.attn.qkv": QUERIES_AND_KEYS,
+                "stages.1.0.attn.qkv": [*range(32)],
+                "stages.1.0.mlp.fc2": [*range(16)],
+            },
         ),
     ],
+    ids=["vit", "vit, authors", "convnext", "swin"],
 )
-def test_a_wiring_that_the_backbone_does_not_have_is_refused(build, wiring):
-    with pytest.raises(ValueError, match=f"'{wiring}'.*'exact'"):
-        build().links(wiring)
+def test_these_scales_are_propagated_nowhere(model, wiring, expected):
+    assert propagated_nowhere(model, model.links(*wiring)) == expected
 
 
-# The two places where METHOD.md says that propagation is exact: nothing but a linear map of each
-# channel lies between, so γ on the posterior's columns is γ on the channels it reads.
+@pytest.mark.parametrize(
+    "model, wiring, shift, norms, expected",
+    [
+        (tiny_vit(), [], True, True, ["fc2"]),
+        (tiny_vit(), [], False, True, ["fc2"]),
+        (tiny_vit(), [], True, False, ["qkv", "fc1", "fc2"]),
+        (tiny_vit(), ["authors"], True, True, ["fc2"]),
+        (tiny_swin(depths=(2, 1)), [], True, True, ["fc2"]),
+        (tiny_swin(depths=(2, 1)), [], True, False, ["qkv", "fc1", "fc2", "reduction"]),
+        (tiny_convnext(), [], True, True, ["pwconv2"]),
+        (tiny_convnext(), [], False, True, ["pwconv2", "dwconv"]),
+        (tiny_convnext(), [], True, False, ["pwconv1", "pwconv2", "downsample.0.1"]),
+    ],
+    ids=["vit", "vit, no shift", "vit, frozen norms", "vit, authors", "swin", "swin, frozen norms"]
+    + ["convnext", "convnext, no shift", "convnext, frozen norms"],
+)
+def test_propagation_reaches_new_functions_in_these_layers_alone(
+    model, wiring, shift, norms, expected
+):
+    images = random_images(32, count=200).double()
+    links = model.links(*wiring)
+    reaching = reaching_new_functions(model.double(), links, images, shift=shift, norms=norms)
+    linked = {link.layer for link in links if link.anterior is not None}
+    assert reaching == {layer for layer in linked if layer.endswith(tuple(expected))}
+
+
+@torch.no_grad()
+def test_a_last_writers_scale_acts_on_what_it_adds_and_propagated_on_the_whole_stream():
+    base = tiny_vit().double()
+    gamma, images = torch.linspace(-1, 2, 8, dtype=torch.float64), random_images(32).double()
+
+    def first_qkv_reads(mode):
+        model, seen = copy.deepcopy(base), []
+        san.attach(model, model.links(), mode=mode)
+        for scale in (torch.ones_like(gamma), gamma):
+            model.patch_embed.gamma.copy_(scale)
+            hook = model.blocks[0].attn.qkv.layer.register_forward_pre_hook(
+                lambda _, args: seen.append(args[0])
+            )
+            model(images)
+            hook.remove()
+        return seen  # before and after, each B N C
+
+    before, after = first_qkv_reads("feature")
+    assert torch.equal(before[:, 0], after[:, 0])  # the class token is not what it wrote
+    assert (before[:, 1:] - after[:, 1:]).abs().max() > 0.1
+    before, after = first_qkv_reads("propagation")
+    assert (gamma * before - after).abs().max() < 1e-12
+
+
+# Two places where γ on the posterior's columns is γ on the channels that the anterior gives: the
+# exact row of ViT's and Swin's tables, and ConvNeXt's dwconv, whose output c reads input c alone.
 
 
 def propagating(model: nn.Module, anterior: str, gamma: torch.Tensor) -> nn.Module:

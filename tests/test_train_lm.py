@@ -36,7 +36,7 @@ def model(tokenizer) -> models.LLaMA:
 def weights(model, tokenizer, tmp_path_factory) -> Path:
     """That model in a file, as a run would save it."""
     path = tmp_path_factory.mktemp("weights") / "tiny.pt"
-    content = {"tokenizer": tokenizer.pieces, "numbers": model.numbers}
+    content = {"tokenizer": tokenizer.pieces, "numbers": model.config}
     san.write(content | {"state_dict": model.state_dict()}, path)
     return path
 
@@ -150,7 +150,7 @@ def test_the_adapter_on_a_fresh_base_is_the_merged_model(method, flags, model, t
         san.load_adapter(fresh, adapter)
     else:
         options = argparse.Namespace(
-            wiring="exact", mode="both", shift=False, rank=8, norms=True, gamma_std=0.0
+            wiring="san", mode="both", shift=False, rank=8, norms=True, gamma_std=0.0
         )
         methods.adapt(fresh, method, options)
         trained, own = san.read(adapter)["trained"], dict(fresh.named_parameters())

@@ -1,5 +1,9 @@
-"""Models small enough for a test, torchvision's and ours, and the files that others publish."""
+"""Models small enough for a test, torchvision's and ours, and the files that others publish.
 
+Also what the tests of both kinds of model ask of a model's links.
+"""
+
+import copy
 from functools import cache
 
 import numpy as np
@@ -8,7 +12,8 @@ import torchvision
 from torch import Tensor, nn
 from torchvision.models.convnext import CNBlockConfig
 
-from models import ConvNeXt, Swin, ViT
+from models import ConvNeXt, LayerNorm2d, RMSNorm, Swin, ViT
+from san import Link
 
 TINY_VIT = dict(image_size=32, patch=8, dim=8, depth=2, heads=2)
 TINY_CONVNEXT = dict(image_size=32, depths=(1, 2), dims=(4, 8), drop_path=0.0)
@@ -48,6 +53,97 @@ def random_images(size: int, count: int = 2) -> Tensor:
 @torch.no_grad()
 def difference(one: nn.Module, other: nn.Module, images: Tensor) -> float:
     return (one(images) - other(images)).abs().max().item()
+
+
+# ----------------------------------------------------------------------------------------- links
+
+
+def propagated_nowhere(model: nn.Module, links: list[Link]) -> dict[str, list[int]]:
+    """Layer → those of its output channels whose γ no posterior reads, where there are any."""
+    unread = {link.layer: {*range(len(model.get_submodule(link.layer).weight))} for link in links}
+    for _, anterior, index in links:
+        if anterior is not None:
+            unread[anterior] -= unread[anterior] if index is None else {*index}
+    return {layer: sorted(channels) for layer, channels in unread.items() if channels}
+
+
+def along_channels(vectors: Tensor, x: Tensor, module: nn.Module) -> Tensor:
+    """B×C → the shape that scales the channels of x, B×…, which `module` reads or gives."""
+    vectors = vectors.view(len(x), *[1] * (x.ndim - 2), -1)
+    return vectors.movedim(-1, 1) if isinstance(module, (nn.Conv2d, LayerNorm2d)) else vectors
+
+
+def derivatives(
+    model: nn.Module, links: list[Link], inputs: Tensor, shift: bool, norms: bool
+) -> tuple[dict[str, Tensor], Tensor]:
+    """The outputs' derivatives by a scale of each linked layer's input, KB×C by layer, and by all
+    that feature scaling trains, side by side: KB×(as much).
+
+    That is a γ and, with `shift`, a β per linked layer, with `norms` the norms, and a classifier's
+    head. Taken at γ = 1, which is no special place where weights are random. model: in float64.
+    """
+    model = copy.deepcopy(model).requires_grad_(False)
+    span = []
+    if (outputs := model(inputs)).ndim == 2:  # a classifier: its head's weight and bias
+        head = torch.cat([model.features(inputs), torch.ones(len(inputs), 1)], dim=1)
+        span.append(torch.block_diag(*[head] * outputs.shape[1]))
+    columns, gammas, betas = {}, {}, {}  # module → B×C: a vector per sample, one pass for all
+
+    def before(module: nn.Module, args: tuple) -> Tensor:
+        return args[0] * along_channels(columns[module], args[0], module)
+
+    def after(module: nn.Module, args: tuple, z: Tensor) -> Tensor:
+        z = z * along_channels(gammas[module], z, module)
+        return z + along_channels(betas[module], z, module) if module in betas else z
+
+    def vectors(value: float, channels: int) -> Tensor:
+        return torch.full((len(inputs), channels), value).double().requires_grad_()
+
+    layers = {model.get_submodule(link.layer): link.layer for link in links}
+    for module in model.modules():
+        is_norm = isinstance(module, (nn.LayerNorm, RMSNorm)) and norms
+        if module in layers:
+            columns[module] = vectors(1, module.weight.shape[1] * getattr(module, "groups", 1))
+            module.register_forward_pre_hook(before)
+        if module in layers or is_norm:  # a norm's weight and bias act as a γ and a β
+            gammas[module] = vectors(1, len(module.weight))
+            module.register_forward_hook(after)
+            if getattr(module, "bias", None) is not None and (shift or is_norm):
+                betas[module] = vectors(0, len(module.weight))
+    outputs = model(inputs)
+    outputs = outputs if span else outputs[:, -1]  # B×K: the last token's logits will do
+    leaves = [*columns.values(), *gammas.values(), *betas.values()]
+    parts = [torch.autograd.grad(y.sum(), leaves, retain_graph=True) for y in outputs.unbind(1)]
+    found = [torch.cat(part) for part in zip(*parts)]
+    by_column = dict(zip((layers[module] for module in columns), found))
+    return by_column, torch.cat(span + found[len(columns) :], dim=1)
+
+
+def reaching_new_functions(
+    model: nn.Module, links: list[Link], inputs: Tensor, shift: bool, norms: bool
+) -> set[str]:
+    """The layers where the anterior's γ, propagated, does what feature scaling cannot.
+
+    To first order: its derivative lies outside the span of feature scaling's.
+    """
+    by_column, span = derivatives(model, links, inputs, shift, norms)
+    basis, values, _ = torch.linalg.svd(span, full_matrices=False)
+    basis = basis[:, values > 1e-10 * values[0]]
+    assert len(basis) > 1.2 * basis.shape[1]  # with few outputs everything lies in the span
+    found = set()
+    for anterior in {link.anterior for link in links} - {None}:
+        readers = [link for link in links if link.anterior == anterior]
+        channels = len(model.get_submodule(anterior).weight)
+        propagated = torch.zeros(len(span), channels).double()
+        for link in readers:
+            index = range(channels) if link.index is None else link.index
+            propagated.index_add_(1, torch.tensor([*index]), by_column[link.layer])
+        outside = propagated - basis @ (basis.T @ propagated)
+        share = (outside.norm() / propagated.norm()).item()
+        assert share < 1e-11 or share > 1e-5, (anterior, share)  # nothing in doubt
+        if share > 1e-5:
+            found |= {link.layer for link in readers}
+    return found
 
 
 # ----------------------------------------------------------------------------------- torchvision
