@@ -8,7 +8,6 @@ Four ways to use it:
 """
 
 import argparse
-import functools
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -245,10 +244,10 @@ def train(model: nn.Module, job: Job, args, out: Path | None, note: str):
     def loss_of(model: nn.Module, batch: tuple) -> Tensor:
         return token_loss(model, *(x.to(args.device, non_blocking=True) for x in batch))
 
-    unit = "windows" if args.tasks == ["corpus"] else "questions"
-    work = functools.partial(
-        loop.fit, model, job.loader, loss_of, job.validate, args, out, note, unit
-    )
+    def work() -> list[dict]:
+        unit = "windows" if args.tasks == ["corpus"] else "questions"
+        return loop.fit(model, job.loader, loss_of, job.validate, args, out, note, unit)
+
     return loop.train_and_measure(model, args, note, work)
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import TensorDataset
+from torch.utils.data import Dataset, TensorDataset
 
 import models
 from lab import checkpoints, loop, methods, pictures, plot, sprites, tables
@@ -166,15 +166,16 @@ def probe(model: nn.Module, data: Data, args: argparse.Namespace, note: str) -> 
 
 def train(model: nn.Module, data: Data, args: argparse.Namespace, out: Path | None, note: str):
     """Train an adapted model in place: the history and figures of loop.train_and_measure."""
-    work = (
-        functools.partial(probe, model, data, args, note)
-        if args.method == "linear"
-        else functools.partial(fit, model, data, args, out, note)
-    )
+
+    def work() -> list[dict]:
+        if args.method == "linear":
+            return probe(model, data, args, note)
+        return fit(model, data, args, out, note)
+
     return loop.train_and_measure(model, args, note, work)
 
 
-def score(model: nn.Module, split, factors: list[int], args: argparse.Namespace) -> float:
+def score(model: nn.Module, split: Dataset, factors: list[int], args: argparse.Namespace) -> float:
     """Accuracy on a split, 0 … 1, averaged over the factors."""
     model.eval()
     accuracies = factor_accuracy(*outputs_of(model, split, args), factors)
@@ -276,9 +277,8 @@ def measure(
 
     With --protocol, what was validated on is trained on as well once the learning rate is chosen.
     """
-    data = functools.cache(
-        lambda: task.load(size_of(name, args))
-    )  # only if the journal leaves something to do
+    # loaded only where the journal leaves something to do
+    data = functools.cache(lambda: task.load(size_of(name, args)))
 
     def train_one(own: argparse.Namespace, note: str, last: bool) -> tuple[nn.Module, dict]:
         labelled = pictures.whole(data()) if last and args.protocol else data()

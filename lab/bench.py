@@ -84,7 +84,7 @@ def report(name: str, args: argparse.Namespace, device: torch.device) -> None:
 
         def step() -> None:
             with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
-                logits = model(inputs).flatten(0, -2)  # one row a picture or token
+                logits = model(inputs).flatten(0, -2)  # one row per picture or token
                 loss = F.cross_entropy(logits, labels.flatten())
             optimizer.zero_grad()
             loss.backward()

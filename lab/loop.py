@@ -69,7 +69,7 @@ def fit(
     note: str = "",
     unit: str = "images",
 ) -> list[dict]:
-    """Train what requires a gradient with AdamW, a warm-up and a cosine; one record an epoch.
+    """Train what requires a gradient with AdamW, a warm-up and a cosine; one record per epoch.
 
     loss_of(model, batch): the mean loss of a batch; validate(model): accuracy 0 … 1, or None where
     all labelled data are trained on.
@@ -261,7 +261,7 @@ def train_and_measure(
 ) -> tuple[list[dict], dict]:
     """Train an adapted model by train(), which gives its history; figures say what that took.
 
-    The figures are trainable (count), percent of all, seconds an epoch, peak memory in MB, and
+    The figures are trainable (count), percent of all, seconds per epoch, peak memory in MB, and
     val, the last validation accuracy, 0 … 1.
     """
     peak_memory(args.device, start=True)

@@ -65,7 +65,7 @@ class LoRALayer(nn.Module):
 class DoRALayer(LoRALayer):
     """A frozen nn.Linear with a trained size and direction: m ⊙ V / ‖V‖, V = W + (α/r) B A.
 
-    m: out, one size a row, ‖W‖ at the start; ‖·‖: each row's length, which the gradient takes for
+    m: out, one size per row, ‖W‖ at the start; ‖·‖: each row's length, which the gradient takes for
     a constant, as its authors do (Liu et al. 2024).
     """
 
@@ -79,7 +79,7 @@ class DoRALayer(LoRALayer):
         return z if self.layer.bias is None else z + self.layer.bias
 
     def ratio(self) -> Tensor:
-        """m / ‖V‖, one entry a row."""
+        """m / ‖V‖, one entry per row."""
         with torch.no_grad():
             length = super().weight_now().norm(dim=1)
         return self.m / length

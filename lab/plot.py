@@ -5,7 +5,7 @@
     gamma.png     every layer's γ: its histogram, and its channels from depressed to potentiated
     change.png    ‖W* − W‖ / ‖W‖ of every layer, all runs together
 
-A RUN is the folder of one training run or of a comparison. One function a picture gives it as a
+A RUN is the folder of one training run or of a comparison. One function per picture gives it as a
 matplotlib Figure, or None where the runs hold nothing for it; `draw` writes them. A method looks
 the same in all of them, and is told from the others in grey as well: by lightness, dashes, marker.
 """
@@ -57,7 +57,7 @@ STYLES = {  # method, or variant of --ablation → colour, which dashes, marker
 OTHER = ("#555555", 0, "d")
 # a run's name tells these wherever runs differ in them, others only between runs of one method
 COMMON = ("dataset", "model", "weights", "image_size", "shots", "epochs", "batch_size", "seed")
-ROW, COLUMNS, BINS = 0.17, 300, 40  # inches a layer; pixels of its channels; of its histogram
+ROW, COLUMNS, BINS = 0.17, 300, 40  # inches per layer; pixels of its channels; of its histogram
 
 
 @dataclass
@@ -66,10 +66,10 @@ class Run:
 
     path: Path
     config: dict
-    history: list[dict]  # one record an epoch
+    history: list[dict]  # one record per epoch
     result: dict
     links: list[str]  # the linked layers in their order; none but for SAN and SSF
-    gamma: dict[str, Tensor]  # layer → γ, one a channel
+    gamma: dict[str, Tensor]  # layer → γ, one per channel
 
 
 class Point(NamedTuple):
@@ -214,7 +214,7 @@ def accuracy(lines: list[dict]) -> "Figure | None":
     """Test accuracy, mean and standard deviation over seeds, against trained parameters.
 
     lines: those of results.jsonl. A panel for each task of each model where these are four or
-    fewer; else a panel a model, with the mean over its tasks.
+    fewer; else a panel per model, with the mean over its tasks.
     """
     tasks: dict[str, dict[str, None]] = {}
     for line in lines:
@@ -389,7 +389,7 @@ def _channels(axes: "Axes", gamma: dict[str, Tensor], strong: float):
 
 
 def change(runs: list[Run], base_of: Callable[[dict], dict[str, Tensor]]) -> "Figure | None":
-    """‖W* − W‖ / ‖W‖ by layer, a panel a model; a run that changes no matrix is left out."""
+    """‖W* − W‖ / ‖W‖ by layer, a panel per model; a run that changes no matrix is left out."""
     found = [(run, weight_change(run, base_of)) for run in runs]
     found = [(run, own) for run, own in found if any(own.values())]
     if not found:

@@ -15,7 +15,7 @@ from lab import loop
 
 
 class Journal:
-    """A file of results, one JSON line a run; what is in it need not be done again.
+    """A file of results, one JSON line per run; what is in it need not be done again.
 
     A line holds a run's task, model and method, its part (search: a learning rate tried, or test:
     scored on the test split), lr, seed, its figures, and the options it was made with. Lines are
