@@ -1,7 +1,6 @@
 """The training script as a user meets it: what it writes, resumes, compares and refuses."""
 
 import pickle
-import re
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -16,7 +15,6 @@ from tiny import published_vit, randomise
 
 import models
 import san
-import train_lm
 import train_vision
 from lab import batches, checkpoints, loop, methods, tables
 from lab import pictures as sets
@@ -513,32 +511,3 @@ def test_a_full_disk_leaves_no_half_written_file(flags, tmp_path, monkeypatch, c
     assert command(*flags, "--out", tmp_path) == 1
     assert "could not write" in capsys.readouterr().err
     assert {path.name for path in tmp_path.iterdir()} == {"config.json"}
-
-
-# ------------------------------------------------------------------------------------- the README
-
-
-def readme_blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-
-
-def test_the_example_in_the_readme_runs_and_is_short(tmp_path, monkeypatch):
-    (example,) = readme_blocks("python")
-    assert len([line for line in example.splitlines() if line.strip()]) < 15
-    monkeypatch.chdir(tmp_path)
-    exec(compile(example, "README.md", "exec"), {})
-
-
-@pytest.mark.parametrize("script", [train_vision, train_lm])
-def test_every_flag_that_the_readme_names_exists(script, capsys):
-    with pytest.raises(SystemExit):
-        script.arguments(["--help"])
-    known = set(re.findall(r"--[a-z][a-z-]+", capsys.readouterr().out))
-    commands = [line for block in readme_blocks("sh") for line in block.splitlines()]
-    used = {
-        flag
-        for line in commands
-        if f"{script.__name__}.py" in line
-        for flag in re.findall(r"--[a-z][a-z-]+", line)
-    }
-    assert used and used <= known
