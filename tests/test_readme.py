@@ -170,9 +170,8 @@ def test_the_second_example_links_a_vit_of_timm_and_merges():
     names = {}
     exec(compile(offline, "README.md", "exec"), names)
     model, x = names["model"].eval(), torch.randn(1, 3, 224, 224)
-    linked = [m for m in model.modules() if isinstance(m, san.SANLayer)]
-    plain = [m for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
-    assert len(plain) == len(linked) + 1  # the head
+    matrices = [m for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+    assert len(matrices) == len(names["links"]) + 1  # the head
     base = model(x)
     for parameter in model.parameters():
         if parameter.requires_grad:
