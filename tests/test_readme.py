@@ -230,7 +230,8 @@ def test_what_is_not_propagated_through_gelu_feature_scaling_can_reach(name):
     norms = [n for n, m in model.named_modules() if isinstance(m, nn.LayerNorm | models.RMSNorm)]
     other = copy.deepcopy(model)
     san.attach(model, links, shift=True, trainable=norms)
-    san.attach(other, links, shift=True, trainable=norms, mode="feature")
+    alone = [san.Link(link.layer) for link in links]  # nothing is propagated: feature scaling
+    san.attach(other, alone, shift=True, trainable=norms)
     values = dict(other.named_parameters())
     for key, parameter in model.named_parameters():
         if parameter.requires_grad:
