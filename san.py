@@ -1,56 +1,167 @@
 """SAN (Synapse and Neuron) fine-tuning in one file that needs torch alone: copy it and use it.
 
-A frozen layer l computes z = W_l x + b_l. SAN trains one vector γ_l for it and uses it twice. The
-layer that reads l's output channels is l's posterior, and l is its anterior; here it is l + 1,
-whatever stands between them (an activation, a norm, attention).
+B reads A's output: A is B's anterior, B is A's posterior. A frozen layer computes W x + b; SAN
+trains one vector γ per layer and uses it twice. γ' is the anterior's γ.
 
-1. feature scaling (the neuron):    y = γ_l ⊙ z, optionally + β_l;
-2. propagation (the synapse):       W_{l+1} diag(γ_l) in place of the posterior's W_{l+1};
-3. merge, after training:           W* = diag(γ_l) W_l diag(γ_{l-1}),  b* = γ_l ⊙ b_l + β_l.
+1. feature scaling (the neuron):    y = γ ⊙ (W x + b), with `shift` also + β;
+2. propagation (the synapse):       W diag(γ') in place of W;
+3. merge, after training:           W* = diag(γ) W diag(γ'),  b* = γ ⊙ b + β.
 
-The merge is exact, up to rounding: both diagonals stand next to the same matrix, so nothing is
-assumed of what lies between the layers. In the code γ' is the anterior's γ as this layer reads it.
+The merge is exact up to rounding, whatever lies between the layers (an activation, a norm,
+attention): each diagonal stands next to the matrix it folds into.
 
     links = [Link("fc1"), Link("fc2", anterior="fc1")]
-    attach(model, links, trainable=["norm", "head"])
+    attach(model, links, shift=True, trainable=["norm", "head"])
     ...                                    # train the parameters that require a gradient
     save_adapter(model, "adapter.pt")      # kilobytes
     merge(model)                           # plain layers again
 
-Sources: [P] Dai et al., "SAN", ICML 2025, arXiv 2409.06706; [C] its authors' v1 code;
-[S] SSF, Lian et al., NeurIPS 2022, arXiv 2210.08823; [us] our choice. The three formulas are
-[P, C]; β is SSF's [S]; the links and everything about files and errors are ours.
+Sources: [P] Dai et al., "SAN", ICML 2025, arXiv 2409.06706; [C] its authors' v1 code; [S] SSF,
+Lian et al., NeurIPS 2022, arXiv 2210.08823; [us] our choice. The formulas are [P, C], β is SSF's
+[S], the links and all that stands below the rule are ours.
 """
 
 import difflib
 import os
 import pickle
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-
-MODES = ("both", "feature", "propagation")
+from torch.nn.utils import parametrize
 
 
 class Link(NamedTuple):
-    """One adapted layer, the anterior layer whose γ it reads, and how.
+    """One adapted layer, the anterior layer whose γ it reads (None: none), and how.
 
-    layer, anterior: module names as in `model.named_modules()`; anterior None: nothing to read.
-    index: for each input channel of `layer`, the output channel of `anterior` it carries;
-    None: channel c carries channel c. It covers a slice of a fused layer (a range) or a repeat.
+    index: index[i] is the output channel of `anterior` that arrives at input channel i of `layer`;
+    None: channel i itself. A slice, the value third of qkv: range(2 * dim, 3 * dim). A repeat, 4
+    places per channel after a flatten: [c for c in range(channels) for _ in range(4)].
     """
 
-    layer: str
+    layer: str  # names as in model.named_modules()
     anterior: str | None = None
     index: Sequence[int] | None = None
 
 
-# ------------------------------------------------------------------------------------ the layer
+class SANLayer(nn.Module):
+    """A frozen layer between its two diagonals:  y = γ ⊙ ( (W diag(γ')) x + b ) + β.
+
+    x: …×in for Linear, …×in×places for ConvNd; y: the same with `out`. γ, β: out, ones and zeros
+    at the start. γ': in, the anterior's own γ, brought to this layer's inputs by the index.
+    Without `scale`, γ acts in the posterior layers alone.
+    """
+
+    def __init__(self, layer: nn.Module, gamma: bool, beta: bool, scale: bool):
+        super().__init__()
+        vars(self).update(_described(layer))  # what a parent may read: in_features, stride, …
+        self.layer, self.axes, self.scale, self.used = layer, _axes(layer), scale, False
+        self.gamma = nn.Parameter(_ones(layer)) if gamma else None
+        self.beta = nn.Parameter(0 * _ones(layer)) if beta else None
+        self.anterior: tuple[SANLayer, ...] = ()  # a tuple: its γ is shared, and no part of ours
+        self.register_buffer("index", None, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """First read (2), then write (1).
+
+        (W diag(γ')) x = W (γ' ⊙ x), so x is scaled and not W. W is frozen, but W diag(γ') is not:
+        its gradient, out×in, would cost as much per step as fine-tuning W.
+        """
+        gamma, anterior_gamma = self.gammas()
+        z = self.layer(_scaled(anterior_gamma, x, None, self.axes))  # W (γ' ⊙ x) + b
+        return _scaled(gamma, z, self.beta, self.axes)  # γ ⊙ z + β
+
+    def forward_explicit(self, x: Tensor) -> Tensor:
+        """The same, as the paper writes it: γ' acts on the weight's columns."""
+        gamma, anterior_gamma = self.gammas()
+        weight = self.layer.weight * _columns(anterior_gamma, self.axes)
+        z = torch.func.functional_call(self.layer, {"weight": weight.to(self.layer.weight)}, x)
+        return _scaled(gamma, z, self.beta, self.axes)
+
+    def merged(self) -> tuple[Tensor, Tensor | None]:
+        """W* = diag(γ) W diag(γ') and b* = γ ⊙ b + β, in float32 at least, then rounded once."""
+        weight, bias = _gathered(self.layer.weight), _gathered(self.layer.bias)
+        gamma, anterior_gamma = (_gathered(v, weight.device) for v in self.gammas())
+        merged = _rows(gamma, self.axes) * _wide(weight) * _columns(anterior_gamma, self.axes)
+        if bias is not None:
+            shifted = _wide(bias) if gamma is None else gamma * _wide(bias)
+            beta = _gathered(self.beta, weight.device)
+            bias = (shifted if beta is None else shifted + beta).to(bias.dtype)
+        return merged.to(weight.dtype), bias
+
+    def gammas(self) -> tuple[Tensor | None, Tensor | None]:
+        """γ and γ' as they act on this layer, or None."""
+        _mark_used(self)
+        anterior_gamma = _gathered(self.anterior[0].gamma) if self.anterior else None
+        if self.index is not None:
+            anterior_gamma = anterior_gamma[self.index.to(anterior_gamma.device)]
+        return self.gamma if self.scale else None, anterior_gamma
+
+    # whoever reads this layer instead of calling it finds the merged one
+    weight = property(lambda self: self.merged()[0])
+    bias = property(lambda self: self.merged()[1])
+
+
+def attach(
+    model: nn.Module,
+    links: Iterable[Link],
+    *,
+    scale: bool = True,
+    propagate: bool = True,
+    shift: bool = False,
+    trainable: Iterable[str] = (),
+) -> None:
+    """Freeze `model` and put a SAN layer in place of each linked layer; the output stays the same.
+
+    scale, propagate: the two uses of γ; one of them alone is the ablation of [C].
+    shift: train β as well; with propagate=False that is SSF [S]. A layer without a bias gets no
+    β, since nothing in the base model could hold it after the merge [us].
+    trainable: names of modules or parameters to train besides, such as norms and the head [C].
+    Raises ValueError or TypeError for what cannot be adapted, and leaves the model as it was.
+    """
+    settings = {"scale": scale, "propagate": propagate, "shift": shift}
+    model, links, trainable = _check(model, links, trainable, settings)
+    _remember(model, links, trainable, settings)
+    _freeze(model, trainable)
+    _wire(model, links, settings)
+
+
+def merge(model: nn.Module) -> None:
+    """Put W* and b* in place of W and b; layers and keys are the base model's own again.
+
+    What else was trained keeps its values. Raises ValueError, and leaves the model as it was,
+    where a merged weight would not be finite.
+    """
+    model, layers = _adapted(model)
+    for name, layer in layers.items():  # all are checked before any is changed
+        _require_finite(f"the merged weight of layer '{name}'", *layer.merged())
+    for name, layer in layers.items():
+        _replace(model, name, _fold(layer))
+    _forget(model)
+
+
+def detach(model: nn.Module) -> None:
+    """Give the whole base model back, bit for bit: its layers, parameters and buffers.
+
+    Raises ValueError, and changes nothing, where something was set to train after `attach`
+    without being named in its `trainable`: its base value is not kept.
+    """
+    model, _ = _adapted(model)
+    _require_remembered(model)
+    _put_base_layers(model)
+    _put(model, model._san.values)
+    _forget(model)
+
+
+# ==================================================================================================
+# The method ends here. Below: the product, what is refused, what is remembered, files, a summary.
+# ==================================================================================================
 
 
 class _Scale(torch.autograd.Function):
@@ -60,239 +171,310 @@ class _Scale(torch.autograd.Function):
     dx = γ ⊙ g, dγ = Σ g ⊙ x, dβ = Σ g, summed over all but channels.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, gamma: Tensor, beta: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, gamma)
-        ctx.shift = beta is not None
+    def forward(x: Tensor, gamma: Tensor, beta: Tensor | None) -> Tensor:
         return (x * gamma if beta is None else torch.addcmul(beta, x, gamma)).to(x.dtype)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        x, gamma, beta = inputs
+        ctx.save_for_backward(x, gamma)
+        ctx.save_for_forward(x, gamma)
+        ctx.shift = beta is not None
+
+    @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, gamma = ctx.saved_tensors
         g = g.to(gamma.dtype)
         beta_gradient = g.sum_to_size(gamma.shape) if ctx.shift else None
-        buffer = g * x
-        gamma_gradient = buffer.sum_to_size(gamma.shape).clone()  # may be the buffer itself
+        product = g * x
+        gamma_gradient = product.sum_to_size(gamma.shape)
         if not ctx.needs_input_grad[0]:
             return None, gamma_gradient, beta_gradient
-        return torch.mul(g, gamma, out=buffer).to(x.dtype), gamma_gradient, beta_gradient
+        if torch.is_grad_enabled():  # a gradient of this gradient will be asked for
+            return (g * gamma).to(x.dtype), gamma_gradient, beta_gradient
+        gamma_gradient = gamma_gradient.clone()  # it may be the product itself
+        return torch.mul(g, gamma, out=product).to(x.dtype), gamma_gradient, beta_gradient
+
+    @staticmethod
+    def jvp(ctx: Any, dx: Tensor, dgamma: Tensor, dbeta: Tensor | None) -> Tensor:
+        x, gamma = ctx.saved_tensors
+        moved = dx * gamma + x * dgamma
+        return (moved if dbeta is None else moved + dbeta).to(x.dtype)
 
 
-class SANLayer(nn.Module):
-    """A frozen nn.Linear or nn.Conv2d between its two diagonals:
+def _scaled(gamma: Tensor | None, x: Tensor, beta: Tensor | None, axes: "_Axes") -> Tensor:
+    """γ ⊙ x + β along the channels of x, computed in γ's precision, returned in x's."""
+    if gamma is None and beta is None:
+        return x
+    shape = (-1, *[1] * axes.places)  # channels stand before the places of a picture
+    gamma, beta = (v if v is None else v.to(x.device).view(shape) for v in (gamma, beta))
+    if gamma is None:
+        return (x + beta).to(x.dtype)
+    if torch.compiler.is_compiling():  # it fuses this by itself
+        return (gamma * x if beta is None else gamma * x + beta).to(x.dtype)
+    return _Scale.apply(x, gamma, beta)
 
-        y = γ ⊙ ( (W diag(γ')) x + b ) + β
 
-    x: …×in for Linear, …×in×H×W for Conv2d; γ, β: out; γ': the anterior layer's own γ, brought
-    to this layer's `in` channels by the index. γ is ones and β zeros at the start.
+class _Axes(NamedTuple):
+    """How a layer's weight and its pictures lie."""
 
-    Without `features`, γ does not act here, only in the posterior layers that read it; gamma is
-    None where nothing would read it either.
+    places: int  # axes of a picture after its channels: 0 for Linear, n for ConvNd
+    groups: int
+    outputs: int
+    inputs: int
+    first_in: bool  # the weight is in×out, as transformers' Conv1D has it
+
+
+def _axes(layer: nn.Module) -> _Axes:
+    shape, groups = layer.weight.shape, getattr(layer, "groups", 1)
+    first_in = _is_conv1d_of_transformers(layer)
+    outputs, inputs = reversed(shape[:2]) if first_in else shape[:2]
+    return _Axes(len(shape) - 2, groups, outputs, groups * inputs, first_in)
+
+
+def _is_conv1d_of_transformers(layer: nn.Module) -> bool:
+    return type(layer).__name__ == "Conv1D" and not isinstance(layer, nn.Conv1d)
+
+
+def _described(layer: nn.Module) -> dict[str, Any]:
+    """The numbers and words that a layer keeps of itself."""
+    plain = int | float | str | tuple
+    return {k: v for k, v in vars(layer).items() if isinstance(v, plain) and k[0] != "_"}
+
+
+def _rows(gamma: Tensor | None, axes: _Axes) -> Tensor | float:
+    """γ in a shape that scales the output rows of the weight."""
+    if gamma is None or axes.first_in:
+        return 1.0 if gamma is None else gamma
+    return gamma.view(-1, 1, *[1] * axes.places)
+
+
+def _columns(gamma: Tensor | None, axes: _Axes) -> Tensor | float:
+    """γ' in a shape that scales the input columns of the weight.
+
+    A convolution in g groups has a weight out×in/g×places: output channels of group i read input
+    channels i·in/g … (i+1)·in/g − 1, so each group's rows get their own stretch of γ'.
     """
+    if gamma is None:
+        return 1.0
+    if axes.first_in:
+        return gamma[:, None]
+    rows = gamma.view(axes.groups, 1, -1).expand(-1, axes.outputs // axes.groups, -1)
+    return rows.flatten(0, 1).view(axes.outputs, -1, *[1] * axes.places)
 
-    def __init__(self, layer: nn.Module, train_gamma: bool, train_beta: bool, features: bool):
-        super().__init__()
-        weight = layer.weight
-        # trained in float32 at least: steps near 1 are lost to half precision's rounding
-        dtype = torch.promote_types(weight.dtype, torch.float32)
-        ones = torch.ones(len(weight), dtype=dtype, device=weight.device)
-        self.layer = layer
-        self.gamma = nn.Parameter(ones) if train_gamma else None
-        self.beta = nn.Parameter(torch.zeros_like(ones)) if train_beta else None
-        self.features = features
-        self.enabled = True
-        # In a tuple, so that torch does not register the anterior layer as a part of this one:
-        # its γ is shared, and stays one parameter under one name.
-        self.anterior: tuple[SANLayer, ...] = ()
-        self.register_buffer("index", None, persistent=False)
 
-    def anterior_gamma(self) -> Tensor | None:
-        """γ', one entry per input channel, or None without an anterior layer."""
-        if not self.anterior:
-            return None
-        gamma = self.anterior[0].gamma
-        return gamma if self.index is None else gamma[self.index]
+def _wide(tensor: Tensor) -> Tensor:
+    """In float32 at least: steps near 1, and products, are lost to half precision's rounding."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """The cheap form: (W diag(γ')) x = W (γ' ⊙ x), so autograd never builds W's gradient.
 
-        It holds for padded convolutions too: what is padded is zero, or a copy of scaled values.
-        """
-        if not self.enabled:
-            return self.layer(x)
-        x = self._scale(x, self.anterior_gamma())  # 2. propagation, moved from the weight to x
-        z = self.layer(x)
-        return self._scale(z, self.gamma if self.features else None, self.beta)  # 1. features
+def _ones(layer: nn.Module) -> Tensor:
+    """One per output channel."""
+    return _wide(layer.weight.detach().new_ones(_axes(layer).outputs))
 
-    def forward_explicit(self, x: Tensor) -> Tensor:
-        """The same as `forward`, as the paper writes it: γ' acts on the weight's columns."""
-        weight = self.layer.weight * self._columns(self.anterior_gamma())
-        weight = weight.to(self.layer.weight.dtype)
-        if isinstance(self.layer, nn.Linear):
-            z = nn.functional.linear(x, weight, self.layer.bias)
+
+def _gathered(tensor: Tensor | None, device: torch.device | None = None) -> Tensor | None:
+    """A tensor that FSDP2 has sharded, whole; any other as it is."""
+    if tensor is None:
+        return None
+    if hasattr(tensor, "full_tensor"):
+        tensor = tensor.full_tensor()
+    return tensor if device is None else tensor.to(device)
+
+
+def _mark_used(layer: SANLayer) -> None:
+    if not torch.compiler.is_compiling():  # where it would be one more thing to guard
+        layer.used = True
+
+
+# -------------------------------------------------------------------- names, seen through wrappers
+
+# what torch.compile, checkpoint_wrapper and FSDP put into the names of what they wrap
+WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+
+
+def _unwrapped(module: nn.Module, ddp: bool = True) -> nn.Module:
+    """What torch.compile, DataParallel and DistributedDataParallel wrap, however deep."""
+    while True:
+        if isinstance(module, nn.parallel.DistributedDataParallel) and not ddp:
+            raise ValueError(
+                "DistributedDataParallel counts the parameters when it wraps a model; adapt the "
+                "model first, then wrap it"
+            )
+        inner = [name for name in WRAPPERS if name in module._modules]
+        if isinstance(module, nn.parallel.DistributedDataParallel | nn.DataParallel):
+            module = module.module
+        elif inner:
+            module = module._modules[inner[0]]
         else:
-            z = self.layer._conv_forward(x, weight, self.layer.bias)
-        return self._scale(z, self.gamma if self.features else None, self.beta)
-
-    @torch.no_grad()
-    def merged(self) -> nn.Module:
-        """The layer itself, now with W* = diag(γ) W diag(γ') and b* = γ ⊙ b + β; drop this one.
-
-        Folded in float32 (float64 if the weight has it) and rounded to the weight's type once.
-        """
-        layer, wide = self.layer, torch.promote_types(self.layer.weight.dtype, torch.float32)
-        rows = torch.ones(len(layer.weight), dtype=wide, device=layer.weight.device)
-        if self.features and self.gamma is not None:
-            rows = self.gamma.to(wide)
-        weight = layer.weight.to(wide) * self._columns(self.anterior_gamma())
-        weight = weight * rows.view(-1, *[1] * (weight.ndim - 1))
-        layer.weight = nn.Parameter(weight.to(layer.weight.dtype), requires_grad=False)
-        if layer.bias is not None:
-            bias = layer.bias.to(wide) * rows + (0 if self.beta is None else self.beta)
-            layer.bias = nn.Parameter(bias.to(layer.bias.dtype), requires_grad=False)
-        return layer
-
-    def _scale(self, x: Tensor, gamma: Tensor | None, beta: Tensor | None = None) -> Tensor:
-        """γ ⊙ x + β along the channels, computed in γ's precision, returned in x's."""
-        if gamma is None and beta is None:
-            return x
-        if isinstance(self.layer, nn.Conv2d):  # channels stand before height and width
-            gamma, beta = (None if v is None else v.view(-1, 1, 1) for v in (gamma, beta))
-        if gamma is None:
-            return (x + beta).to(x.dtype)
-        return _Scale.apply(x, gamma, beta)
-
-    def _columns(self, gamma: Tensor | None) -> Tensor | float:
-        """γ' in a shape that scales the input columns of the weight.
-
-        A convolution in g groups has a weight out×in/g×kh×kw: output channels of group i read
-        input channels i·in/g … (i+1)·in/g − 1, so each group's rows get their own stretch of γ'.
-        """
-        if gamma is None:
-            return 1.0
-        if isinstance(self.layer, nn.Linear):
-            return gamma  # 1×in by broadcasting
-        groups = self.layer.groups
-        rows = gamma.view(groups, 1, -1).expand(-1, self.layer.out_channels // groups, -1)
-        return rows.flatten(0, 1)[:, :, None, None]  # out × in/g × 1 × 1
+            return module
 
 
-# ---------------------------------------------------------------------------- attach and detach
+def _plain(name: str) -> str:
+    """A name without its wrappers, and a parametrized weight's as if it were a plain one."""
+    parts = [part for part in name.split(".") if part and part not in WRAPPERS]
+    if len(parts) > 2 and parts[-3] == "parametrizations" and parts[-1] == "original":
+        parts[-3:] = [parts[-2]]
+    return ".".join(parts)
 
 
-@dataclass
-class _Attached:
-    """What a model with SAN layers remembers of its base."""
-
-    links: list[Link]
-    mode: str
-    shift: bool
-    trainable: list[str]
-    first_values: dict[str, Tensor]  # of what `trainable` names
-    required_grad: dict[str, bool]
-    base_shapes: dict[str, list[int]]  # by state-dict key
-    disabled: bool = False
+def _modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Plain name → module; of a wrapper and what it wraps, the latter."""
+    return {_plain(name): m for name, m in model.named_modules(remove_duplicate=False)}
 
 
-def attach(
-    model: nn.Module,
-    links: Iterable[Link],
-    *,
-    mode: str = "both",
-    shift: bool = False,
-    trainable: Iterable[str] = (),
-) -> None:
-    """Freeze `model` and put a SAN layer in place of each linked layer; the output stays the same.
+def _tensors(model: nn.Module, saved: bool = False) -> dict[str, Tensor]:
+    """Plain name → parameter or buffer; `saved`: without buffers that no state dict holds."""
+    found = {}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        passing = module._non_persistent_buffers_set if saved else ()
+        for name, tensor in {**module._parameters, **module._buffers}.items():
+            if tensor is not None and name not in passing:
+                found[_plain(f"{prefix}.{name}")] = tensor
+    return found
 
-    mode: "both" (SAN), "feature" (scaling alone), "propagation" (alone): the ablation of [C].
-    shift: train β as well; mode="feature" with shift=True is SSF [S]. A layer without a bias gets
-    no β, since nothing in the base model could hold it after the merge [us].
-    trainable: names of modules or parameters to train besides, such as norms and the head [C].
 
-    Raises ValueError or TypeError, and leaves the model as it was, for a model that has SAN layers,
-    an unknown name, a layer linked twice, an anterior that is not linked, an index that does not
-    fit, a layer other than nn.Linear and nn.Conv2d, or a weight tied to another layer's. A parent
-    that reads `layer.weight` instead of calling the layer (nn.TransformerEncoderLayer's fast path)
-    cannot be adapted.
+def _replace(model: nn.Module, name: str, new: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(_modules(model)[parent], child, new)
+
+
+def _closest(name: str, names: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, [*names], n=3, cutoff=0.4)
+    return f"; the closest names are {', '.join(close)}" if close else ""
+
+
+# ---------------------------------------------------------------------------- attach's first step
+
+
+def _check(
+    model: nn.Module, links: Iterable[Link], trainable: Iterable[str], settings: dict[str, bool]
+) -> tuple[nn.Module, list[Link], list[str]]:
+    """The model itself, its links with indices as tensors, the names of all that is to train.
+
+    Raises ValueError or TypeError for the first thing that is not right.
     """
+    model = _unwrapped(model, ddp=False)
     if hasattr(model, "_san"):
         raise ValueError("this model has SAN layers already; merge or detach it first")
-    if mode not in MODES:
-        raise ValueError(f"mode '{mode}' is unknown; choose one of {', '.join(MODES)}")
+    if not (settings["scale"] or settings["propagate"]):
+        raise ValueError("γ would act nowhere; leave scale or propagate on")
     links = [Link(*link) for link in links]
-    trainable = [trainable] if isinstance(trainable, str) else list(trainable)
-    modules = dict(model.named_modules(remove_duplicate=False))
-    links = _check(model, links, modules)
-    state = model.state_dict()
-    first_values = {}
-    for name in trainable:
-        keys = [key for key in state if key == name or key.startswith(f"{name}.")]
-        if not keys:
-            raise ValueError(
-                f"nothing to train is called '{name}'{_closest(name, [*modules, *state])}"
-            )
-        inside = [k for k in keys for link in links if k.startswith(f"{link.layer}.")]
-        if inside:
-            raise ValueError(f"'{inside[0]}' belongs to a linked layer, which stays frozen")
-        first_values.update({key: state[key].clone() for key in keys})
-
-    model._san = _Attached(
-        links=links,
-        mode=mode,
-        shift=shift,
-        trainable=trainable,
-        first_values=first_values,
-        required_grad={name: p.requires_grad for name, p in model.named_parameters()},
-        base_shapes=_shapes(state),
-    )
-    model.requires_grad_(False)
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if name in first_values:
-            parameter.requires_grad_(True)
-    anteriors = {link.anterior for link in links}
-    layers = {}
-    for link in links:
-        layer = modules[link.layer]
-        layers[link.layer] = SANLayer(
-            layer,
-            train_gamma=mode != "propagation" or link.layer in anteriors,
-            train_beta=shift and layer.bias is not None,
-            features=mode != "propagation",
-        )
-        layers[link.layer].train(layer.training)
-        _replace(model, link.layer, layers[link.layer])
-    for link in links:
-        if link.anterior is not None and mode != "feature":
-            layers[link.layer].anterior = (layers[link.anterior],)
-            layers[link.layer].index = link.index
-
-
-def _check(model: nn.Module, links: list[Link], modules: dict) -> list[Link]:
-    """Raise for the first link that cannot be made; give the links, their indices as tensors."""
+    links = [
+        Link(_plain(layer), None if anterior is None else _plain(anterior), index)
+        for layer, anterior, index in links
+    ]
     if not links:
         raise ValueError("there is no link; name at least one layer to adapt")
-    names = [link.layer for link in links]
+    modules, tensors = _modules(model), _tensors(model)
     users: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        users.setdefault(id(parameter), []).append(name)
+    for name, tensor in tensors.items():
+        users.setdefault(id(tensor), []).append(name)
+    names = [link.layer for link in links]
     for name in names:
         if not name or name not in modules:
-            raise ValueError(f"the model has no layer '{name}'{_closest(name, [*modules])}")
+            raise ValueError(f"the model has no layer '{name}'{_closest(name, modules)}")
         if names.count(name) > 1:
             raise ValueError(f"layer '{name}' is linked twice; give each layer one link")
-        # exact classes: a subclass may compute something else, or never call forward at all
-        if type(modules[name]) not in (nn.Linear, nn.Conv2d):
-            kind = type(modules[name]).__name__
-            raise TypeError(f"layer '{name}' is a {kind}; SAN adapts nn.Linear and nn.Conv2d alone")
+        _check_layer(name, modules[name])
         for parameter in modules[name].parameters():
             if len(users[id(parameter)]) > 1:
                 tied = " and ".join(f"'{user}'" for user in users[id(parameter)])
                 raise ValueError(f"{tied} are one tied weight, which SAN would scale for both")
-    return [link._replace(index=_check_index(link, names, modules)) for link in links]
+    links = [link._replace(index=_check_index(link, names, modules)) for link in links]
+
+    keys = []
+    for name in map(_plain, [trainable] if isinstance(trainable, str) else trainable):
+        own = [k for k in tensors if (k == name or k.startswith(f"{name}.") or not name)]
+        own = [k for k in own if isinstance(tensors[k], nn.Parameter)]
+        if not own:
+            closest = _closest(name, [*modules, *tensors])
+            raise ValueError(f"nothing to train is called '{name}'{closest}")
+        for key in own:
+            if inside := [layer for layer in names if key.startswith(f"{layer}.")]:
+                raise ValueError(
+                    f"'{key}' belongs to the linked layer '{inside[0]}', which is frozen"
+                )
+            if len(users[id(tensors[key])]) > 1 and _wide(tensors[key]).dtype != tensors[key].dtype:
+                raise ValueError(
+                    f"'{key}' is tied and {tensors[key].dtype}, too coarse to train in; make the "
+                    "model float32, or leave it frozen"
+                )
+        keys += own
+    return model, links, keys
 
 
-def _check_index(link: Link, names: list[str], modules: dict) -> Tensor | None:
+def _check_layer(name: str, layer: nn.Module) -> None:
+    """Raise for a layer whose output is not W x + b with a weight that can be scaled."""
+    kind = type(layer).__name__
+    if not isinstance(layer, PLAIN) and not _is_conv1d_of_transformers(layer):
+        raise TypeError(
+            f"layer '{name}' is a {kind}; SAN adapts Linear, Conv1d, Conv2d and Conv3d, their "
+            "subclasses, and transformers' Conv1D"
+        )
+    weight = layer._parameters.get("weight")
+    if weight is None:
+        raise ValueError(
+            f"layer '{name}' computes its weight anew for every call (weight_norm, spectral_norm, "
+            "pruning or a parametrization); make it plain first, by remove_weight_norm, "
+            "remove_spectral_norm, prune.remove or parametrize.remove_parametrizations"
+        )
+    if nn.parameter.is_lazy(weight):
+        raise ValueError(f"layer '{name}' is not initialised yet; run the model once first")
+    if not weight.is_floating_point():
+        raise TypeError(f"layer '{name}' is quantised to {weight.dtype}; SAN scales plain weights")
+    if hasattr(weight, "full_tensor"):
+        raise ValueError(f"layer '{name}' is sharded; adapt the model first, then shard it")
+    if type(weight.data) is not Tensor or weight.ndim < 2:
+        raise TypeError(
+            f"the weight of layer '{name}' is a {type(weight.data).__name__}, not plain"
+        )
+    if layer._forward_hooks or layer._forward_pre_hooks:
+        warnings.warn(
+            f"layer '{name}' has hooks; the merge is exact only if they leave what passes as it is",
+            stacklevel=4,
+        )
+    if type(layer) not in PLAIN and not _is_linear(layer):
+        raise TypeError(
+            f"layer '{name}', a {kind}, does not compute W x + b with its weight as it is, so that "
+            "nothing could be folded into it"
+        )
+
+
+PLAIN = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+@torch.no_grad()
+def _is_linear(layer: nn.Module) -> bool:
+    """Ask it: is its output with diag(r) W diag(c) that of r ⊙ layer(c ⊙ x), on random numbers?
+
+    A layer that standardises its weight, masks it or reads another one says no.
+    """
+    layer = deepcopy(layer).double().eval()
+    layer._forward_hooks.clear(), layer._forward_pre_hooks.clear()
+    if layer.weight.is_meta:
+        return True
+    axes, device = _axes(layer), layer.weight.device
+    kernel, dilation = layer.weight.shape[2:], getattr(layer, "dilation", ())
+    sides = [2 + d * k for k, d in zip(kernel, dilation)]
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        drawn = torch.rand(shape, dtype=torch.float64, generator=generator)
+        return (drawn + 0.5).to(device)
+
+    x, rows, columns = draw(1, axes.inputs, *sides), draw(axes.outputs), draw(axes.inputs)
+    expected = _scaled(rows, layer(_scaled(columns, x, None, axes)), None, axes)
+    scaled = {"weight": _rows(rows, axes) * layer.weight * _columns(columns, axes)}
+    if layer.bias is not None:
+        scaled["bias"] = rows * layer.bias
+    return torch.allclose(torch.func.functional_call(layer, scaled, x), expected)
+
+
+def _check_index(link: Link, names: list[str], modules: dict[str, nn.Module]) -> Tensor | None:
     layer, anterior, index = link
     if anterior is None:
         if index is not None:
@@ -305,9 +487,7 @@ def _check_index(link: Link, names: list[str], modules: dict) -> Tensor | None:
             f"the anterior '{anterior}' of layer '{layer}' is not adapted; link it as well"
             f"{_closest(anterior, names)}"
         )
-    weight = modules[layer].weight
-    inputs = weight.shape[1] * getattr(modules[layer], "groups", 1)
-    outputs = len(modules[anterior].weight)
+    inputs, outputs = _axes(modules[layer]).inputs, _axes(modules[anterior]).outputs
     index = index if index is None else list(index)
     length = outputs if index is None else len(index)
     if length != inputs:
@@ -324,93 +504,250 @@ def _check_index(link: Link, names: list[str], modules: dict) -> Tensor | None:
             f"the index of layer '{layer}' must be whole numbers from 0 to {outputs - 1}, the "
             f"output channels of '{anterior}'"
         )
-    return torch.tensor(numbers, device=weight.device)
+    return torch.tensor(numbers, device=modules[layer].weight.device)
 
 
-def detach(model: nn.Module) -> None:
-    """Give the base model back, bit for bit: its layers, and the first values of `trainable`.
-
-    A head put in place since then is the caller's own and stays. Raises ValueError for a model
-    without SAN layers or with them disabled.
-    """
-    attached = _attached(model)
-    _put(model, attached.first_values)
-    for link in attached.links:
-        _replace(model, link.layer, model.get_submodule(link.layer).layer)
-    _forget(model, attached)
+# ---------------------------------------------------------------- its others; what is remembered
 
 
-def merge(model: nn.Module) -> None:
-    """Fold every γ and β into plain layers of the original classes, as `SANLayer.merged` writes.
+@dataclass
+class _Attached:
+    """What a model with SAN layers remembers of its base."""
 
-    What `trainable` named keeps its trained values. The keys, classes and parameter count are the
-    base model's again. Raises ValueError for a model without SAN layers or with them disabled.
-    """
-    attached = _attached(model)
-    for link in attached.links:
-        _replace(model, link.layer, model.get_submodule(link.layer).merged())
-    _forget(model, attached)
+    links: list[Link]
+    settings: dict[str, bool]
+    trainable: list[str]
+    children: list[tuple[str, nn.Module, str, nn.Module]]  # name, parent, name in it, child
+    values: dict[str, Tensor]  # of what `trainable` names and of every buffer
+    shapes: dict[str, list[int]]  # of all that a state dict holds
+    required_grad: dict[str, bool]
+    disabled: bool = False
+
+
+def _remember(model: nn.Module, links: list[Link], trainable: list[str], settings: dict) -> None:
+    tensors = _tensors(model)
+    kept = [k for k, v in tensors.items() if k in trainable or not isinstance(v, nn.Parameter)]
+    model._san = _Attached(
+        links=links,
+        settings=settings,
+        trainable=trainable,
+        children=[
+            (_plain(f"{name}.{child_name}"), module, child_name, child)
+            for name, module in model.named_modules(remove_duplicate=False)
+            for child_name, child in module._modules.items()
+            if child is not None
+        ],
+        values={key: tensors[key].detach().clone() for key in kept},
+        shapes=_shapes(_tensors(model, saved=True)),
+        required_grad={k: v.requires_grad for k, v in tensors.items()},
+    )
+
+
+def _shapes(tensors: dict[str, Tensor]) -> dict[str, list[int]]:
+    return {key: list(value.shape) for key, value in tensors.items()}
+
+
+class _Rounded(nn.Module):
+    """A parametrization: a float32 weight, rounded where it is used."""
+
+    def __init__(self, dtype: torch.dtype):
+        super().__init__()
+        self.dtype = dtype
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight.to(self.dtype)
+
+
+def _freeze(model: nn.Module, trainable: list[str]) -> None:
+    """Freeze all but `trainable`, which trains in float32 at least, whatever it is rounded to."""
+    model.requires_grad_(False)
+    modules, tensors = _modules(model), _tensors(model)
+    for key in trainable:
+        parent, _, name = key.rpartition(".")
+        module, dtype = modules[parent], tensors[key].dtype
+        if (wide := _wide(tensors[key])).dtype != dtype:
+            module._parameters[name] = nn.Parameter(wide)
+            parametrize.register_parametrization(module, name, _Rounded(dtype), unsafe=True)
+    for key, tensor in _tensors(model).items():
+        if key in trainable:
+            tensor.requires_grad_(True)
+
+
+def _wire(model: nn.Module, links: list[Link], settings: dict[str, bool]) -> None:
+    modules, layers = _modules(model), {}
+    anteriors = {link.anterior for link in links}
+    for link in links:
+        layer = modules[link.layer]
+        layers[link.layer] = SANLayer(
+            layer,
+            gamma=settings["scale"] or link.layer in anteriors,
+            beta=settings["shift"] and layer.bias is not None,
+            scale=settings["scale"],
+        )
+        layers[link.layer].train(layer.training)
+        _replace(model, link.layer, layers[link.layer])
+    for link in links:
+        if link.anterior is not None and settings["propagate"]:
+            layers[link.layer].anterior = (layers[link.anterior],)
+            layers[link.layer].index = link.index
+    model.register_forward_hook(_say_unused)
+
+
+def _say_unused(model: nn.Module, *_: Any) -> None:
+    """After a first forward, warn of linked layers that took no part in it."""
+    if torch.compiler.is_compiling():
+        return
+    _drop_hook(model)
+    unused = [name for name, layer in _layers(model).items() if not layer.used]
+    if unused:
+        warnings.warn(
+            f"the model ran without calling its linked layers {', '.join(unused)}: their γ is not "
+            "trained by what it computed; unlink what it does not use",
+            stacklevel=2,
+        )
+
+
+def _drop_hook(model: nn.Module) -> None:
+    for key, hook in [*model._forward_hooks.items()]:
+        if hook is _say_unused:
+            del model._forward_hooks[key]
+
+
+def _adapted(model: nn.Module) -> tuple[nn.Module, dict[str, SANLayer]]:
+    """The model itself and its SAN layers by name. Raises ValueError if it has none to use."""
+    model = _unwrapped(model)
+    if not hasattr(model, "_san"):
+        raise ValueError("this model has no SAN layers (never attached, or merged or detached)")
+    if model._san.disabled:
+        raise ValueError("the SAN layers are disabled; do this outside of `disabled`")
+    return model, _layers(model)
+
+
+def _layers(model: nn.Module) -> dict[str, SANLayer]:
+    modules = _modules(model)
+    layers = {link.layer: modules.get(link.layer) for link in model._san.links}
+    for name, layer in layers.items():
+        if not isinstance(layer, SANLayer):
+            raise ValueError(f"the linked layer '{name}' was taken out of the model after attach")
+    return layers
+
+
+def _fold(layer: SANLayer) -> nn.Module:
+    """The layer itself, with its merged weight and bias."""
+    for name, new in zip(("weight", "bias"), layer.merged()):
+        old = getattr(layer.layer, name)
+        if hasattr(old, "full_tensor"):  # FSDP2 holds on to the parameter, so it stays
+            from torch.distributed.tensor import distribute_tensor
+
+            old.data.copy_(distribute_tensor(new, old.device_mesh, old.placements))
+        elif new is not None:
+            layer.layer._parameters[name] = nn.Parameter(new.detach(), requires_grad=False)
+    return layer.layer
+
+
+def _require_finite(what: str, *tensors: Tensor | None) -> None:
+    for tensor in tensors:
+        if tensor is not None and not tensor.isfinite().all():
+            raise ValueError(
+                f"{what} is not finite in {tensor.dtype}; train with a smaller learning rate, or "
+                "bring the model to a wider type first"
+            )
+
+
+def _replaced(model: nn.Module) -> list[tuple[str, nn.Module, str, nn.Module]]:
+    """The children of the base that the caller has put others in place of."""
+    found = []
+    for entry in model._san.children:
+        _, parent, name, child = entry
+        now = parent._modules.get(name)
+        now = None if now is None else _unwrapped(now)
+        if now is not _unwrapped(child) and not isinstance(now, SANLayer):
+            found.append(entry)
+    return found
+
+
+def _require_remembered(model: nn.Module) -> None:
+    replaced = [f"{entry[0]}." for entry in _replaced(model)]
+    for key, tensor in _tensors(model).items():
+        own = key in model._san.trainable or key in _gammas_and_betas(model)
+        if tensor.requires_grad and not own and not key.startswith(tuple(replaced)):
+            raise ValueError(
+                f"'{key}' was set to train after attach, so that its base value is not kept; name "
+                "it in `trainable`, or load the base model anew"
+            )
+
+
+def _gammas_and_betas(model: nn.Module) -> set[str]:
+    return {f"{link.layer}.{name}" for link in model._san.links for name in ("gamma", "beta")}
+
+
+def _put_base_layers(model: nn.Module) -> None:
+    for _, parent, name, child in model._san.children:
+        if (now := parent._modules.get(name)) is None or _unwrapped(now) is not _unwrapped(child):
+            parent._modules[name] = child
+
+
+@torch.no_grad()
+def _put(model: nn.Module, values: dict[str, Tensor]) -> None:
+    """Write values into parameters and buffers; one of another shape becomes a new parameter."""
+    modules, tensors = _modules(model), _tensors(model)
+    for key, value in values.items():
+        if tensors[key].shape == value.shape:
+            tensors[key].data.copy_(value)  # .data: a backward pass may be under way
+            continue
+        parent, _, name = key.rpartition(".")
+        old = tensors[key]
+        new = nn.Parameter(value.to(old.device, old.dtype), requires_grad=old.requires_grad)
+        modules[parent]._parameters[name] = new
+        if isinstance(modules[parent], nn.Linear) and name == "weight":
+            modules[parent].out_features, modules[parent].in_features = value.shape
+
+
+def _forget(model: nn.Module) -> None:
+    """No trace of SAN: what trained in float32 is rounded to its own type, flags are as before."""
+    for module in [*model.modules()]:
+        for name, chain in [*getattr(module, "parametrizations", {}).items()]:
+            if isinstance(chain[0], _Rounded):
+                value = getattr(module, name).detach()
+                parametrize.remove_parametrizations(module, name, leave_parametrized=False)
+                module._parameters[name] = nn.Parameter(value)
+    _drop_hook(model)
+    required_grad = model._san.required_grad
+    del model._san
+    for key, tensor in _tensors(model).items():
+        if isinstance(tensor, nn.Parameter):
+            tensor.requires_grad_(required_grad.get(key, tensor.requires_grad))
 
 
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
     """Inside, the model computes the base model's output; afterwards the adapted one's again.
 
-    Raises ValueError for a model without SAN layers.
+    Raises ValueError for a model without SAN layers, and where `detach` would.
     """
+    model = _unwrapped(model)
     if hasattr(model, "_san") and model._san.disabled:  # inside another `disabled`
         yield
         return
-    attached = _attached(model)
-    layers = [model.get_submodule(link.layer) for link in attached.links]
-    state = model.state_dict()
-    trained = {key: state[key].clone() for key in attached.first_values if key in state}
+    _adapted(model)
+    _require_remembered(model)
+    attached = model._san
+    adapted = [
+        (parent, name, parent._modules.get(name)) for _, parent, name, _ in attached.children
+    ]
+    trained: dict[str, Tensor] = {}
     try:
         attached.disabled = True
-        for layer in layers:
-            layer.enabled = False
-        _put(model, attached.first_values)
+        _put_base_layers(model)
+        tensors = _tensors(model)
+        trained.update((key, tensors[key].detach().clone()) for key in attached.values)
+        _put(model, attached.values)
         yield
     finally:
-        attached.disabled = False
-        for layer in layers:
-            layer.enabled = True
         _put(model, trained)
-
-
-def _attached(model: nn.Module) -> _Attached:
-    if not hasattr(model, "_san"):
-        raise ValueError("this model has no SAN layers (never attached, or merged or detached)")
-    if model._san.disabled:
-        raise ValueError("the SAN layers are disabled; do this outside of `disabled`")
-    return model._san
-
-
-def _put(model: nn.Module, values: dict[str, Tensor]) -> None:
-    state = model.state_dict()
-    for key, value in values.items():
-        if key in state and state[key].shape == value.shape:  # a head put there since is not ours
-            state[key].data.copy_(value)  # .data: a backward pass may be under way
-
-
-def _shapes(state: dict[str, Tensor]) -> dict[str, list[int]]:
-    return {key: list(value.shape) for key, value in state.items()}
-
-
-def _forget(model: nn.Module, attached: _Attached) -> None:
-    del model._san
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(attached.required_grad.get(name, parameter.requires_grad))
-
-
-def _replace(model: nn.Module, name: str, new: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, new)
-
-
-def _closest(name: str, names: list[str]) -> str:
-    close = difflib.get_close_matches(name, names, n=3, cutoff=0.4)
-    return f"; the closest names are {', '.join(close)}" if close else ""
+        for parent, name, child in adapted:
+            parent._modules[name] = child
+        attached.disabled = False
 
 
 # ---------------------------------------------------------------------------- files and figures
@@ -422,7 +759,7 @@ def write(content: Any, path: str | os.PathLike, save: Callable | None = None) -
     The file is whole or absent, whatever happens. Raises OSError if it cannot be written.
     """
     path = Path(path)
-    temporary = path.with_name(f"{path.name}.tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         (save or torch.save)(content, temporary)
@@ -453,54 +790,102 @@ def read(path: str | os.PathLike) -> Any:
 
 
 def save_adapter(model: nn.Module, path: str | os.PathLike) -> None:
-    """Write what was trained (γ, β and what `trainable` named) with the links and settings.
+    """Write all that differs from the base model, with the links and settings.
 
-    Raises ValueError for a model without SAN layers or with them disabled, OSError if it cannot
-    be written.
+    That is γ and β, what requires a gradient or was named in `trainable`, what was put in place of
+    a module of the base, and every buffer that changed (BatchNorm's statistics).
+
+    Raises ValueError for a model without SAN layers or with them disabled, and for a value that is
+    not finite; OSError if it cannot be written.
     """
-    attached = _attached(model)
-    settings = {key: getattr(attached, key) for key in ("mode", "shift", "trainable")}
-    content = {"links": [tuple(link) for link in attached.links], "settings": settings}
-    content |= {"san": 1, "base_shapes": attached.base_shapes, "values": _trained(model)}
-    write(content, path)
+    model, layers = _adapted(model)
+    if any(layer.used for layer in layers.values()):
+        _say_unused(model)
+    values = {key: _gathered(v.detach()).clone() for key, v in _different(model).items()}
+    for key, value in values.items():
+        _require_finite(f"'{key}'", value)
+    attached = model._san
+    lost = tuple(f"{name}." for name, *_ in _replaced(model))
+    frozen = {
+        key: shape
+        for key, shape in attached.shapes.items()
+        if key not in values and not key.startswith(lost)
+    }
+    content = {"san": 2, "links": [tuple(link) for link in attached.links], "frozen": frozen}
+    write(content | {"settings": attached.settings, "values": values}, path)
 
 
-def _trained(model: nn.Module) -> dict[str, Tensor]:
-    """What training changes, by state-dict key: every γ and β, and what `trainable` named."""
-    keys = {f"{link.layer}.{v}" for link in model._san.links for v in ("gamma", "beta")}
-    keys |= {*model._san.first_values}
-    return {key: value.clone() for key, value in model.state_dict().items() if key in keys}
+def _different(model: nn.Module) -> dict[str, Tensor]:
+    """Name → tensor of all that may differ from the base model's."""
+    attached, found = model._san, {}
+    inside = tuple(f"{link.layer}.layer." for link in attached.links)
+    new = tuple(f"{name}." for name, *_ in _replaced(model))
+    for key, tensor in _tensors(model, saved=True).items():
+        if key.startswith(inside):
+            if tensor.requires_grad:
+                raise ValueError(
+                    f"'{key}' requires a gradient, but the layer that SAN adapts is frozen; what "
+                    "is trained inside it cannot be kept in an adapter"
+                )
+            continue
+        base = attached.values.get(key)
+        named = key in attached.trainable or key in _gammas_and_betas(model)
+        changed = not isinstance(tensor, nn.Parameter) and (
+            base is None or not torch.equal(tensor, base.to(tensor))
+        )
+        if named or changed or tensor.requires_grad or key.startswith(new):
+            found[key] = tensor
+    return found
 
 
 def load_adapter(model: nn.Module, path: str | os.PathLike) -> None:
     """Attach what `save_adapter` wrote to a fresh base model, on its device and in its dtype.
 
-    Raises ValueError, and leaves the model as it was, if the file belongs to another architecture
-    or head size (naming the first keys that differ) or is no adapter; OSError if it is unreadable.
+    What is frozen decides whether the file fits; a linear layer that was trained, as a new head,
+    takes the file's shape. Raises ValueError, and leaves the model as it was, if the file belongs
+    to another base model (naming the first keys that differ), has values that are not finite or is
+    no adapter; OSError if it is unreadable.
     """
     content = read(path)
-    if not isinstance(content, dict) or content.get("san") != 1:
-        raise ValueError(f"{path} is not an adapter that save_adapter wrote")
+    if not isinstance(content, dict) or content.get("san") != 2:
+        raise ValueError(f"{path} is not an adapter that this san.py wrote")
+    model = _unwrapped(model, ddp=False)
     if hasattr(model, "_san"):
         raise ValueError("this model has SAN layers already; load onto a fresh base model")
-    own = _shapes(model.state_dict())
     try:
-        base = dict(content["base_shapes"])
-        differ = [key for key in dict.fromkeys([*base, *own]) if base.get(key) != own.get(key)]
-        first = [
-            f"{key} ({base.get(key, 'missing')} there, {own.get(key, 'missing')} here)"
-            for key in differ[:3]
-        ]
-        if differ:
-            raise ValueError(f"{path} was trained on another base model: {'; '.join(first)}")
-        attach(model, content["links"], **content["settings"])
+        frozen, values = dict(content["frozen"]), dict(content["values"])
+        links = [Link(*link) for link in content["links"]]
+        settings = dict(content["settings"])
+        own = _tensors(model, saved=True)
+        added = {f"{link.layer}.{name}" for link in links for name in ("gamma", "beta")}
+        _check_base(path, frozen, {k: v for k, v in values.items() if k not in added}, own)
+        for key, value in values.items():
+            _require_finite(f"{path} is broken: '{key}'", value)
+        trained = [k for k in values if k not in added and isinstance(own[k], nn.Parameter)]
+        attach(model, links, **settings, trainable=trained)
     except (AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is a broken adapter: {error!r}") from error
-    values = content.get("values")
-    if not isinstance(values, dict) or _shapes(values) != _shapes(_trained(model)):
+    shapes = _shapes({k: v for k, v in _tensors(model).items() if k in added})
+    if shapes != _shapes({k: v for k, v in values.items() if k in added}):
         detach(model)
         raise ValueError(f"{path} is a broken adapter: its values do not fit its own links")
     _put(model, values)
+
+
+def _check_base(path: Any, frozen: dict, values: dict, own: dict[str, Tensor]) -> None:
+    """Raise ValueError if the base model is another one than the file was trained on."""
+    there, here = frozen | _shapes(values), _shapes(own)
+    linear = {k for k in values if k in own and k.rpartition(".")[2] in ("weight", "bias")}
+    differ = [
+        f"{key} ({there.get(key, 'missing')} there, {here.get(key, 'missing')} here)"
+        for key in dict.fromkeys([*there, *here])
+        if there.get(key) != here.get(key)
+        and not (
+            key in linear and len(there[key]) == len(here[key]) and there[key][1:] == here[key][1:]
+        )
+    ]
+    if differ:
+        raise ValueError(f"{path} was trained on another base model: {'; '.join(differ[:3])}")
 
 
 def summary(model: nn.Module) -> dict[str, Any]:
@@ -510,18 +895,17 @@ def summary(model: nn.Module) -> dict[str, Any]:
     layers: name → share of channels potentiated (γ > 1, long-term potentiation [P]) and depressed
     (γ < 1, long-term depression [P]), each 0 … 1, and γ's min and max.
     """
-    attached = _attached(model)
+    model, layers = _adapted(model)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
-    layers = {}
-    for link in attached.links:
-        gamma = model.get_submodule(link.layer).gamma
-        if gamma is not None:
-            layers[link.layer] = {
+    figures = {}
+    for name, layer in layers.items():
+        if (gamma := _gathered(layer.gamma)) is not None:
+            figures[name] = {
                 "potentiated": (gamma > 1).float().mean().item(),
                 "depressed": (gamma < 1).float().mean().item(),
                 "min": gamma.min().item(),
                 "max": gamma.max().item(),
             }
     percent = 100 * trainable / total
-    return {"trainable": trainable, "total": total, "percent": percent, "layers": layers}
+    return {"trainable": trainable, "total": total, "percent": percent, "layers": figures}

@@ -398,11 +398,11 @@ def write_json_lines(records: list[dict], path: Path) -> None:
 # -------------------------------------------------------------------------------------------- flags
 
 
-def add_flags(p: argparse.ArgumentParser, methods: Iterable[str], epochs: int, batch: int) -> None:
+def add_flags(p: argparse.ArgumentParser, names: Iterable[str], epochs: int, batch: int) -> None:
     """The flags that every training script has."""
     add, yes_no = p.add_argument, argparse.BooleanOptionalAction
-    add("--method", default="san", choices=methods)
-    add("--mode", default="both", choices=san.MODES, help="SAN's ablation")
+    add("--method", default="san", choices=names)
+    add("--mode", default="both", choices=list(methods.MODES), help="SAN's ablation")
     add("--norms", default=True, action=yes_no, help="train the norms with san and ssf")
     add("--gamma-std", type=float, default=0.0, help="SAN's γ start at 1 ± this")
     add("--rank", type=positive, default=8, help="of LoRA and DoRA")

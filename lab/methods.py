@@ -15,6 +15,8 @@ import san
 
 # where the papers compared with LoRA and DoRA put them in a LLaMA (the setting of LLM-Adapters)
 LOW_RANK = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
+# SAN's ablation [C]: both uses of γ, feature scaling alone, propagation alone
+MODES = {"both": {}, "feature": {"propagate": False}, "propagation": {"scale": False}}
 UNLINKED = ("linear", "bias", "vpt", "full")  # methods that know nothing of links
 
 
@@ -39,7 +41,7 @@ class LoRALayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if isinstance(self.layer, nn.Linear):
             return self.layer(x) + self.low_rank(x)
-        weight = self.weight_now().to(self.layer.weight.dtype)
+        weight = self.weight.to(self.layer.weight.dtype)
         return self.layer._conv_forward(x, weight, self.layer.bias)
 
     def low_rank(self, x: Tensor) -> Tensor:
@@ -50,14 +52,19 @@ class LoRALayer(nn.Module):
         """(α/r) B A in the weight's shape."""
         return ((self.b @ self.a) * self.scale).view_as(self.layer.weight)
 
-    def weight_now(self) -> Tensor:
+    @property
+    def weight(self) -> Tensor:
         """What the layer's weight will be after the merge, before rounding."""
         return self.layer.weight + self.update()
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.layer.bias
 
     @torch.no_grad()
     def merged(self) -> nn.Module:
         """The layer itself, now with the updated weight, rounded to its own type once."""
-        weight = self.weight_now().to(self.layer.weight.dtype)
+        weight = self.weight.to(self.layer.weight.dtype)
         self.layer.weight = nn.Parameter(weight, requires_grad=False)
         return self.layer
 
@@ -81,11 +88,12 @@ class DoRALayer(LoRALayer):
     def ratio(self) -> Tensor:
         """m / ‖V‖, one entry per row."""
         with torch.no_grad():
-            length = super().weight_now().norm(dim=1)
+            length = super().weight.norm(dim=1)
         return self.m / length
 
-    def weight_now(self) -> Tensor:
-        return self.ratio()[:, None] * super().weight_now()
+    @property
+    def weight(self) -> Tensor:
+        return self.ratio()[:, None] * super().weight
 
 
 class PromptedBlock(nn.Module):
@@ -132,12 +140,12 @@ def adapt(model: nn.Module, method: str, args: argparse.Namespace) -> None:
     for name in ("norm", "head") if is_llama and method == "linear" else head:
         model.get_submodule(name).requires_grad_(True)
     if method.startswith("san"):
-        san.attach(model, links, mode=args.mode, shift=args.shift, trainable=[*norms, *head])
+        san.attach(model, links, **MODES[args.mode], shift=args.shift, trainable=[*norms, *head])
         for layer in model.modules():
             if isinstance(layer, san.SANLayer) and layer.gamma is not None:
                 nn.init.normal_(layer.gamma, 1.0, args.gamma_std)
     elif method == "ssf":
-        san.attach(model, links, mode="feature", shift=True, trainable=[*norms, *head])
+        san.attach(model, links, propagate=False, shift=True, trainable=[*norms, *head])
     elif method == "bias":
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name.endswith(".bias") or parameter.requires_grad)
