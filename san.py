@@ -35,6 +35,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.optim.swa_utils import AveragedModel
 
 
 class Link(NamedTuple):
@@ -294,23 +295,23 @@ def _mark_used(layer: SANLayer) -> None:
 
 # what torch.compile, checkpoint_wrapper and FSDP put into the names of what they wrap
 WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+# who call what they hold `module`
+HOLDERS = (nn.parallel.DistributedDataParallel, nn.DataParallel, AveragedModel)
 
 
 def _unwrapped(module: nn.Module, ddp: bool = True) -> nn.Module:
-    """What torch.compile, DataParallel and DistributedDataParallel wrap, however deep."""
+    """What torch.compile, DistributedDataParallel and their like wrap, however deep."""
     while True:
         if isinstance(module, nn.parallel.DistributedDataParallel) and not ddp:
             raise ValueError(
                 "DistributedDataParallel counts the parameters when it wraps a model; adapt the "
                 "model first, then wrap it"
             )
-        inner = [name for name in WRAPPERS if name in module._modules]
-        if isinstance(module, nn.parallel.DistributedDataParallel | nn.DataParallel):
-            module = module.module
-        elif inner:
-            module = module._modules[inner[0]]
-        else:
+        names = ("module",) if isinstance(module, HOLDERS) else WRAPPERS
+        inner = [name for name in names if name in module._modules]
+        if not inner:
             return module
+        module = module._modules[inner[0]]
 
 
 def _plain(name: str) -> str:
@@ -584,32 +585,38 @@ def _wire(model: nn.Module, links: list[Link], settings: dict[str, bool]) -> Non
             beta=settings["shift"] and layer.bias is not None,
             scale=settings["scale"],
         )
-        layers[link.layer].train(layer.training)
         _replace(model, link.layer, layers[link.layer])
     for link in links:
         if link.anterior is not None and settings["propagate"]:
             layers[link.layer].anterior = (layers[link.anterior],)
             layers[link.layer].index = link.index
-    model.register_forward_hook(_say_unused)
+    model.register_forward_hook(_look_at_first_forward)
 
 
-def _say_unused(model: nn.Module, *_: Any) -> None:
-    """After a first forward, warn of linked layers that took no part in it."""
+def _look_at_first_forward(model: nn.Module, *_: Any) -> None:
+    """Warn of linked layers that took no part in it, and of γ in half precision."""
     if torch.compiler.is_compiling():
         return
     _drop_hook(model)
-    unused = [name for name, layer in _layers(model).items() if not layer.used]
-    if unused:
+    layers = _layers(model)
+    if unused := [name for name, layer in layers.items() if not layer.used]:
         warnings.warn(
-            f"the model ran without calling its linked layers {', '.join(unused)}: their γ is not "
-            "trained by what it computed; unlink what it does not use",
+            f"the model ran without its linked layers {', '.join(unused)}, so that their γ is not "
+            "trained; unlink what the model does not use",
+            stacklevel=2,
+        )
+    gammas = [layer.gamma for layer in layers.values() if layer.gamma is not None]
+    if coarse := [gamma.dtype for gamma in gammas if _wide(gamma).dtype != gamma.dtype]:
+        warnings.warn(
+            f"γ has become {coarse[0]}, in which small steps near 1 are lost; bring the model to "
+            "its type before attach, which keeps γ in float32",
             stacklevel=2,
         )
 
 
 def _drop_hook(model: nn.Module) -> None:
     for key, hook in [*model._forward_hooks.items()]:
-        if hook is _say_unused:
+        if hook is _look_at_first_forward:
             del model._forward_hooks[key]
 
 
@@ -667,10 +674,10 @@ def _replaced(model: nn.Module) -> list[tuple[str, nn.Module, str, nn.Module]]:
 
 
 def _require_remembered(model: nn.Module) -> None:
-    replaced = [f"{entry[0]}." for entry in _replaced(model)]
+    kept = {*model._san.trainable, *_gammas_and_betas(model)}
+    replaced = tuple(f"{name}." for name, *_ in _replaced(model))
     for key, tensor in _tensors(model).items():
-        own = key in model._san.trainable or key in _gammas_and_betas(model)
-        if tensor.requires_grad and not own and not key.startswith(tuple(replaced)):
+        if tensor.requires_grad and key not in kept and not key.startswith(replaced):
             raise ValueError(
                 f"'{key}' was set to train after attach, so that its base value is not kept; name "
                 "it in `trainable`, or load the base model anew"
@@ -696,11 +703,10 @@ def _put(model: nn.Module, values: dict[str, Tensor]) -> None:
             tensors[key].data.copy_(value)  # .data: a backward pass may be under way
             continue
         parent, _, name = key.rpartition(".")
-        old = tensors[key]
+        old, layer = tensors[key], modules[parent]
         new = nn.Parameter(value.to(old.device, old.dtype), requires_grad=old.requires_grad)
-        modules[parent]._parameters[name] = new
-        if isinstance(modules[parent], nn.Linear) and name == "weight":
-            modules[parent].out_features, modules[parent].in_features = value.shape
+        layer._parameters[name] = new
+        setattr(layer, "out_features" if isinstance(layer, nn.Linear) else "out_channels", len(new))
 
 
 def _forget(model: nn.Module) -> None:
@@ -800,7 +806,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike) -> None:
     """
     model, layers = _adapted(model)
     if any(layer.used for layer in layers.values()):
-        _say_unused(model)
+        _look_at_first_forward(model)
     values = {key: _gathered(v.detach()).clone() for key, v in _different(model).items()}
     for key, value in values.items():
         _require_finite(f"'{key}'", value)
@@ -858,7 +864,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike) -> None:
         settings = dict(content["settings"])
         own = _tensors(model, saved=True)
         added = {f"{link.layer}.{name}" for link in links for name in ("gamma", "beta")}
-        _check_base(path, frozen, {k: v for k, v in values.items() if k not in added}, own)
+        _check_base(path, frozen, {k: v for k, v in values.items() if k not in added}, model)
         for key, value in values.items():
             _require_finite(f"{path} is broken: '{key}'", value)
         trained = [k for k in values if k not in added and isinstance(own[k], nn.Parameter)]
@@ -872,17 +878,24 @@ def load_adapter(model: nn.Module, path: str | os.PathLike) -> None:
     _put(model, values)
 
 
-def _check_base(path: Any, frozen: dict, values: dict, own: dict[str, Tensor]) -> None:
-    """Raise ValueError if the base model is another one than the file was trained on."""
-    there, here = frozen | _shapes(values), _shapes(own)
-    linear = {k for k in values if k in own and k.rpartition(".")[2] in ("weight", "bias")}
+def _check_base(path: Any, frozen: dict, values: dict, model: nn.Module) -> None:
+    """Raise ValueError if the base model is another one than the file was trained on.
+
+    A trained layer may have another number of outputs: a new head has the file's.
+    """
+    modules = _modules(model)
+    there, here = frozen | _shapes(values), _shapes(_tensors(model, saved=True))
+
+    def fits(key: str) -> bool:
+        if there.get(key) == here.get(key):
+            return True
+        is_layer = isinstance(modules.get(key.rpartition(".")[0]), PLAIN)
+        return key in values and key in here and is_layer and there[key][1:] == here[key][1:]
+
     differ = [
         f"{key} ({there.get(key, 'missing')} there, {here.get(key, 'missing')} here)"
         for key in dict.fromkeys([*there, *here])
-        if there.get(key) != here.get(key)
-        and not (
-            key in linear and len(there[key]) == len(here[key]) and there[key][1:] == here[key][1:]
-        )
+        if not fits(key)
     ]
     if differ:
         raise ValueError(f"{path} was trained on another base model: {'; '.join(differ[:3])}")
