@@ -705,7 +705,9 @@ def _put(model: nn.Module, values: dict[str, Tensor]) -> None:
         parent, _, name = key.rpartition(".")
         old, layer = tensors[key], modules[parent]
         new = nn.Parameter(value.to(old.device, old.dtype), requires_grad=old.requires_grad)
-        layer._parameters[name] = new
+        chains = getattr(layer, "parametrizations", {})  # of what trains in float32
+        holder, own = (chains[name], "original") if name in chains else (layer, name)
+        holder._parameters[own] = new
         setattr(layer, "out_features" if isinstance(layer, nn.Linear) else "out_channels", len(new))
 
 

@@ -627,7 +627,7 @@ def test_propagating_a_scale_scales_the_anterior_layer_itself(layer, kv_heads):
     weight = base.get_submodule(layer).weight
     gamma = torch.linspace(-1, 2, len(weight), dtype=torch.float64)
     adapted, explicit = copy.deepcopy(base), copy.deepcopy(base)
-    san.attach(adapted, adapted.links(), mode="propagation")
+    san.attach(adapted, adapted.links(), scale=False)
     adapted.get_submodule(layer).gamma.data.copy_(gamma)
     explicit.get_submodule(layer).weight.data *= gamma[:, None]
     tokens = random_tokens(7)

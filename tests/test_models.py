@@ -441,9 +441,9 @@ def test_a_last_writers_scale_acts_on_what_it_adds_and_propagated_on_the_whole_s
     base = tiny_vit().double()
     gamma, images = torch.linspace(-1, 2, 8, dtype=torch.float64), random_images(32).double()
 
-    def first_qkv_reads(mode):
+    def first_qkv_reads(**one_use):
         model, seen = copy.deepcopy(base), []
-        san.attach(model, model.links(), mode=mode)
+        san.attach(model, model.links(), **one_use)
         for scale in (torch.ones_like(gamma), gamma):
             model.patch_embed.gamma.copy_(scale)
             hook = model.blocks[0].attn.qkv.layer.register_forward_pre_hook(
@@ -453,10 +453,10 @@ def test_a_last_writers_scale_acts_on_what_it_adds_and_propagated_on_the_whole_s
             hook.remove()
         return seen  # before and after, each B N C
 
-    before, after = first_qkv_reads("feature")
+    before, after = first_qkv_reads(propagate=False)
     assert torch.equal(before[:, 0], after[:, 0])  # the class token is not what it wrote
     assert (before[:, 1:] - after[:, 1:]).abs().max() > 0.1
-    before, after = first_qkv_reads("propagation")
+    before, after = first_qkv_reads(scale=False)
     assert (gamma * before - after).abs().max() < 1e-12
 
 
@@ -467,7 +467,7 @@ def test_a_last_writers_scale_acts_on_what_it_adds_and_propagated_on_the_whole_s
 def propagating(model: nn.Module, anterior: str, gamma: torch.Tensor) -> nn.Module:
     """The model with one γ, `anterior`'s, acting on its posterior layers' weights alone."""
     model = copy.deepcopy(model)
-    san.attach(model, model.links(), mode="propagation")
+    san.attach(model, model.links(), scale=False)
     model.get_submodule(anterior).gamma.data.copy_(gamma)
     return model
 
