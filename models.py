@@ -14,7 +14,8 @@ GELU    New functions [P]: γ ⊙ GELU(γ ⊙ z) is GELU(k ⊙ z) for no k, unle
 The residual stream is the sum of what many layers wrote, so a layer that reads it has no single
 anterior. Our rule is its last writer, the layer that added to it last [us]. That is a convention,
 not an identity: γ scales only what the last writer adds, its propagated copy the whole stream,
-after the norm if there is one. In a ViT's first block that includes the class token.
+after the norm if there is one. In a ViT's first block the stream holds the class token too, which
+patch_embed did not write.
 
 B images or texts, N tokens, C channels (`dim`), h heads of d channels each, V words, H×W pixels;
 `depth` counts blocks; `image_size` and `patch` are pixels a side, `window` is places a side.
@@ -236,9 +237,9 @@ class ConvNeXt(nn.Module):
         downsample conv  last writer: the stage's last pwconv2     norm
 
         No row is exact. Propagated nowhere: the γ of the last pwconv2. With trained norms pwconv2
-        reaches functions that feature scaling cannot. Without a shift dwconv does too: its output
-        c reads input c alone, so the anterior's γ' makes w ∗ x + b into γ' ⊙ (w ∗ x) + b, which
-        dwconv's own γ and β could do, but not its γ alone [us].
+        reaches functions that feature scaling cannot; dwconv does so only without a shift. It is
+        depthwise, so γ' makes w ∗ x + b into γ' ⊙ (w ∗ x) + b: its own γ and β together can do
+        that, its γ alone cannot [us].
         """
         links, last_writer = [Link("stem.0")], "stem.0"
         for i, stage in enumerate(self.stages):
@@ -421,7 +422,8 @@ class Swin(nn.Module):
             dim = len(stage[0].norm1.weight)
             if i:
                 merging = f"downsample.{i - 1}.reduction"
-                links.append(Link(merging, last_writer, [*range(dim // 2)] * 4))
+                before = dim // 2  # channels of the stage before
+                links.append(Link(merging, last_writer, [*range(before)] * 4))
                 last_writer = merging
             for j in range(len(stage)):
                 attn, mlp = f"stages.{i}.{j}.attn", f"stages.{i}.{j}.mlp"

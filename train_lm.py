@@ -157,7 +157,9 @@ class Job(NamedTuple):
     test: Callable[[nn.Module], tuple[Tensor, dict]]  # outputs and accuracies on the test split
 
 
-def load_job(args, model: models.LLaMA, tokenizer) -> tuple[Job, Questions | None]:
+def load_job(
+    args: argparse.Namespace, model: models.LLaMA, tokenizer: Tokenizer | LlamaTokenizer
+) -> tuple[Job, Questions | None]:
     """The job, and its questions; the corpus has none."""
     if args.tasks == ["corpus"]:
         return corpus_job(tokenizer, args), None
@@ -170,7 +172,12 @@ def load_job(args, model: models.LLaMA, tokenizer) -> tuple[Job, Questions | Non
     return questions_job(asked, model, tokenizer, args), asked
 
 
-def questions_job(asked: Questions, model: models.LLaMA, tokenizer, args) -> Job:
+def questions_job(
+    asked: Questions,
+    model: models.LLaMA,
+    tokenizer: Tokenizer | LlamaTokenizer,
+    args: argparse.Namespace,
+) -> Job:
     """Answers are learned, options scored. Training examples beyond the context are left out.
 
     Raises ValueError if a question to be scored is longer than the context, or none is left.
@@ -216,7 +223,7 @@ def corpus_job(tokenizer: Tokenizer, args: argparse.Namespace) -> Job:
         return TensorDataset(tokens[:-1].view(n, WINDOW), tokens[1:].view(n, WINDOW))
 
     @torch.no_grad()
-    def read(model: nn.Module, split: TensorDataset) -> tuple[Tensor, dict]:
+    def predict(model: nn.Module, split: TensorDataset) -> tuple[Tensor, dict]:
         """The first batch's logits; accuracy of the next token, 0 … 1, and perplexity."""
         model.eval()
         hits, losses, first = [], [], None
@@ -230,16 +237,23 @@ def corpus_job(tokenizer: Tokenizer, args: argparse.Namespace) -> Job:
 
     val, test = windows(1000, seed=1), windows(2000, seed=2)
     loader = DataLoader(windows(DOCUMENTS, seed=0), args.batch_size, shuffle=True)
-    return Job(loader, lambda model: read(model, val)[1]["test"], lambda model: read(model, test))
+    return Job(
+        loader, lambda model: predict(model, val)[1]["test"], lambda model: predict(model, test)
+    )
 
 
 # -------------------------------------------------------------------------------------- training
 
 
-def train(model: nn.Module, job: Job, args, out: Path | None, note: str):
-    """Adapt the model and train it in place: loop.train_and_measure's history and figures."""
+def adapt(model: models.LLaMA, args: argparse.Namespace) -> models.LLaMA:
+    """The model itself, frozen and with what args.method trains attached."""
     torch.manual_seed(args.seed)  # of LoRA's A
     methods.adapt(model, args.method, args)
+    return model
+
+
+def train(model: nn.Module, job: Job, args: argparse.Namespace, out: Path | None, note: str):
+    """Train an adapted model in place: loop.train_and_measure's history and figures."""
 
     def loss_of(model: nn.Module, batch: tuple) -> Tensor:
         return token_loss(model, *(x.to(args.device, non_blocking=True) for x in batch))
@@ -268,9 +282,10 @@ def run(args: argparse.Namespace) -> None:
         shown = [own[0] for own in asked.test.values()][:4]
         result["test_base"] = mean(before.values())
     said = [speak(model, tokenizer, question) for question in shown]
-    history, figures = train(model, job, args, Path(args.out), args.method)
+    history, figures = train(adapt(model, args), job, args, Path(args.out), args.method)
     result |= figures | {"wall": time.perf_counter() - started}
     content = {"numbers": model.config, "tokenizer": tokenizer.saved}
+    # save the adapter, score, merge, score again, save the merged model
     loop.conclude(model, args, history, result, job.test, content)
     if asked:
         print_beside_guesses(asked, before, result["parts"])
@@ -313,7 +328,7 @@ def compare(args: argparse.Namespace) -> None:
     journal, lines = tables.journal_of(args, Path(args.out)), []
 
     def train_one(own: argparse.Namespace, note: str, last: bool) -> tuple[nn.Module, dict]:
-        model, _ = load_model(own)
+        model = adapt(load_model(own)[0], own)
         return model, train(model, job, own, None, note)[1]
 
     for method, rates in LEARNING_RATES.items():

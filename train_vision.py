@@ -3,7 +3,7 @@
 Ways to use it:
     python train_vision.py                              # sprites, shipped weights, two CPU cores
     python train_vision.py --dataset cifar100           # ViT-B/16 from ImageNet, one GPU
-    python train_vision.py --dataset vtab --protocol vtab1k --weights imagenet21k   # the paper's
+    python train_vision.py --dataset vtab --weights imagenet21k     # the paper's benchmark
     python train_vision.py --compare --task all         # linear, full, LoRA, SSF, SAN and more
     python train_vision.py --ablation                   # what of SAN does what
     python train_vision.py --table runs/…/results.jsonl # the tables of what has been measured
@@ -138,7 +138,7 @@ def fit(model: nn.Module, data: Data, args: argparse.Namespace, out: Path | None
         torch.compiler.reset()  # it gives up on a class of which it has compiled several models
     forward = torch.compile(model) if args.compile else model
 
-    def loss_of(_, batch: tuple) -> Tensor:
+    def loss_of(_, batch: tuple) -> Tensor:  # forward may be the model compiled
         inputs, labels = batch
         labels = labels.to(args.device, non_blocking=True)
         return factor_loss(forward(prepare(inputs, args.device)).float(), labels, data.factors)
@@ -202,7 +202,7 @@ def run(args: argparse.Namespace) -> None:
     data = pictures.load_named(args, size_of(name, args))
     base = load_model(args, name, data.factors)
     model = copy.deepcopy(base)
-    methods.adapt(model, args.method, args)  # all that can be refused is, before writing
+    methods.adapt(model, args.method, args)  # before anything is written: it may be refused
     base, model = (loop.on_device(m, args.device) for m in (base, model))
     print(
         f"{set_name(args)}: {len(data.train)} training, {len(data.val)} validation and "
@@ -218,6 +218,7 @@ def run(args: argparse.Namespace) -> None:
     history, figures = train(model, data, args, out, args.method)
     result |= figures | {"wall": time.perf_counter() - started}
     content = {"model": name, "factors": data.factors, "image_size": model.image_size}
+    # save the adapter, score, merge, score again, save the merged model
     loop.conclude(model, args, history, result, lambda model: test(model, data, args), content)
 
 
@@ -261,8 +262,10 @@ def compare(args: argparse.Namespace) -> None:
     journal, lines = tables.journal_of(args, Path(args.out)), []
     for name in args.model:
         for task in tasks:
+            if task.lacking:
+                continue
             try:
-                lines += [] if task.lacking else measure(task, name, rows_of[name], args, journal)
+                lines += measure(task, name, rows_of[name], args, journal)
             except (OSError, ValueError) as error:
                 if not task.lacking or all(task.lacking for task in tasks):
                     raise
