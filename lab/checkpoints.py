@@ -5,6 +5,7 @@
 layout. Whose a layout is decides its names alone: the architectures are the same.
 """
 
+import argparse
 import base64
 import hashlib
 import http.client
@@ -13,10 +14,13 @@ import math
 import re
 import urllib.error
 import urllib.request
+import warnings
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from itertools import takewhile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -122,6 +126,19 @@ SWIN_AUTHORS = [
     (r"layers\.(\d+)\.blocks\.", r"stages.\1."),
     (r"layers\.(\d+)\.downsample\.", r"downsample.\1."),
 ]
+# timm's, of all three: its Swin has its authors' names, but for the mergings and the head
+TIMM_NAMES = [
+    (r"cls_token", "class_token"),
+    (r"pos_embed", "position"),
+    (r"stages\.(\d+)\.blocks\.(\d+)\.conv_dw", r"stages.\1.\2.dwconv"),
+    (r"stages\.(\d+)\.blocks\.(\d+)\.mlp\.fc", r"stages.\1.\2.pwconv"),
+    (r"stages\.(\d+)\.blocks\.(\d+)\.gamma", r"stages.\1.\2.layer_scale"),
+    (r"stages\.(\d+)\.blocks\.", r"stages.\1."),
+    *((rf"(?:stages|layers)\.{i + 1}\.downsample\.", f"downsample.{i}.") for i in range(3)),
+    (r"head\.norm", "norm"),
+    (r"head\.fc", "head"),
+    *SWIN_AUTHORS,
+]
 # Hugging Face's
 LLAMA_NAMES = [
     (r"model\.embed_tokens", "embed"),
@@ -141,6 +158,16 @@ def rename(key: str, names: list[tuple[str, str]]) -> str:
         if found:
             return new
     return key
+
+
+def distinct(entries: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """A state dict of renamed entries. Raises ValueError if two of them came by one name."""
+    state = {}
+    for name, value in entries:
+        if name in state:
+            raise ValueError(f"holds two entries for {name}")
+        state[name] = value
+    return state
 
 
 def from_torchvision(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -168,13 +195,19 @@ def from_torchvision(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def from_authors(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict of ConvNeXt's or Swin's authors under our names.
-
-    Swin's masks and indices are left out, which are no weights: its sizes tell them.
-    """
+    """A state dict of ConvNeXt's or Swin's authors under our names."""
     names = CONVNEXT_AUTHORS if "downsample_layers.0.0.weight" in state else SWIN_AUTHORS
-    told = ("attn_mask", "relative_position_index")
-    return {rename(key, names): v for key, v in state.items() if not key.endswith(told)}
+    return distinct((rename(key, names), value) for key, value in state.items())
+
+
+def from_timm(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict of timm's ViT, ConvNeXt or Swin under our names.
+
+    timm has a Swin's merging at the start of the stage that it leads to, where Swin's authors, and
+    timm before 0.9, have it at the end of the stage that it leaves. Where windows do not fill the
+    grid, timm pads it after the shift and ours before: there alone the two compute differently.
+    """
+    return distinct((rename(key, TIMM_NAMES), value) for key, value in state.items())
 
 
 def from_vit_authors(arrays: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
@@ -218,21 +251,37 @@ def from_vit_authors(arrays: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
 
 # ---------------------------------------------------------------------------------------- files
 
-# an entry that no other layout has: what brings that layout under our names
+# where trainers keep a model's weights in a file; the first that is there is read, so that an
+# average of them is read only where it is all there is
+HOLDERS = (
+    *("state_dict", "model", "model_state_dict", "module", "net"),
+    *("state_dict_ema", "model_ema"),
+)
+# how an entry ends that is no weight: Swin's sizes tell two, and torch's AveragedModel counts
+NO_WEIGHTS = ("attn_mask", "relative_position_index", "n_averaged")
+# an entry that no layout further down has: what brings that layout under our names
 LAYOUTS = {
     "conv_proj.weight": from_torchvision,
     "features.0.0.weight": from_torchvision,
     "downsample_layers.0.0.weight": from_authors,
-    "layers.0.blocks.0.norm1.weight": from_authors,
+    "layers.0.downsample.reduction.weight": from_authors,
+    "layers.0.blocks.0.norm1.weight": from_timm,
+    "stages.0.blocks.0.conv_dw.weight": from_timm,
+    "patch_embed.proj.weight": from_timm,
+    "patch_embed.weight": dict,  # ours, as it is
+    "stem.0.weight": dict,
 }
 
 
 def read_backbone(path: str | Path) -> dict[str, Tensor]:
     """The weights in a file, under our names, whichever layout they are in.
 
-    A .npz is of ViT's authors. Any other is torch's, and its keys tell the layout: torchvision's,
-    that of ConvNeXt's or Swin's authors, or ours, a state dict or a file that holds one.
-    Raises ValueError if it holds no such weights, OSError if it is missing, broken or refused.
+    A .npz is of ViT's authors. Any other is torch's: a state dict, or what a trainer left, which
+    holds one by a name of HOLDERS, as it is or behind a wrapper's prefix. Its keys tell the layout:
+    torchvision's, that of ConvNeXt's or Swin's authors, timm's, or ours. Which activation, pooling
+    and pixel statistics its model had, no file says: they are taken to be ours, with MEAN and STD.
+    Raises ValueError if it holds no weights or more than one model's, OSError if it is missing,
+    broken or refused.
     """
     if Path(path).suffix == ".npz":
         try:
@@ -240,18 +289,77 @@ def read_backbone(path: str | Path) -> dict[str, Tensor]:
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
             why = f"it has no {error}" if isinstance(error, KeyError) else error
             raise ValueError(f"{path} holds no ViT as its authors published it: {why}") from error
-    state = san.read(path)
-    for key in ("state_dict", "model"):  # ours and torch's habit; the authors'
-        if isinstance(state, dict):
-            state = state.get(key, state)
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        state = {}
-    if not state:
-        raise ValueError(f"{path} holds no state dict of a model")
-    for key, convert in LAYOUTS.items():
-        if key in state:
-            return convert(state)
-    return state
+    state = read_state_dict(path)
+    try:
+        return under_our_names(state)
+    except ValueError as error:
+        raise ValueError(f"{path} {error}; save the model's state dict alone") from error
+
+
+def read_state_dict(path: str | Path) -> dict[str, Tensor]:
+    """The state dict that a torch file is, or holds by a name of HOLDERS; its keys as they are.
+
+    Warns if it holds more than one, saying which is read. Raises as read_backbone.
+    """
+    # trainers keep their flags beside the weights, in a Namespace, which holds values and no code
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        content = san.read(path)
+    while not is_state_dict(content):
+        entries = content if isinstance(content, dict) else {type(content).__name__: None}
+        held = [name for name in HOLDERS if isinstance(entries.get(name), dict)]
+        if not held:
+            odd = [str(key) for key, value in entries.items() if not is_state_dict({key: value})]
+            raise ValueError(
+                f"{path} holds no state dict of a model, but {', '.join(odd[:3]) or 'nothing'}; "
+                "save the model's state dict alone"
+            )
+        if len(held) > 1:
+            warnings.warn(
+                f"{path} holds {' and '.join(held)}: {held[0]} is read; to read another, save it "
+                "alone",
+                stacklevel=3,
+            )
+        content = content[held[0]]
+    return content
+
+
+def is_state_dict(content: Any) -> bool:
+    """Whether it is a dict, not empty, of tensors by their names."""
+    return (
+        isinstance(content, dict)
+        and len(content) > 0
+        and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items())
+    )
+
+
+def under_our_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A model's state dict in any layout, and in whatever it was wrapped, under our names.
+
+    torch.compile's _orig_mod. is left out wherever it stands; any other prefix, such as DDP's
+    module. or Lightning's model., where every entry has it.
+    Raises ValueError if there are entries beside the model's, such as a loss's or an average's.
+    """
+    state = distinct(
+        (key.replace("_orig_mod.", ""), value)
+        for key, value in state.items()
+        if not key.endswith(NO_WEIGHTS)
+    )
+    columns = zip(*(key.split(".")[:-1] for key in state))
+    shared = takewhile(lambda words: len(set(words)) == 1, columns)
+    prefix = "".join(f"{words[0]}." for words in shared)
+    plain = {key.removeprefix(prefix): value for key, value in state.items()}
+    for entry, convert in LAYOUTS.items():
+        found = [key for key in plain if f".{key}".endswith(f".{entry}")]
+        if found == [entry]:
+            return convert(plain)
+        if found:
+            wrapped = max(found, key=len)
+            root = wrapped.removesuffix(entry)
+            beside = next(key for key in plain if not key.startswith(root))
+            raise ValueError(
+                f"holds {prefix}{wrapped} and {prefix}{beside}, which are not of one model"
+            )
+    return plain
 
 
 def read_arrays(path: str | Path) -> dict[str, np.ndarray]:

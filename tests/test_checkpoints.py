@@ -1,5 +1,6 @@
 """checkpoints.py: published files convert exactly, broken ones are refused, downloads resume."""
 
+import argparse
 import base64
 import copy
 import hashlib
@@ -8,6 +9,7 @@ import re
 import socket
 import struct
 import threading
+import warnings
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -22,6 +24,7 @@ from tiny import (
     published_swin,
     published_vit,
     random_images,
+    randomise,
     tiny_convnext,
     tiny_swin,
     tiny_vit,
@@ -32,7 +35,7 @@ from tiny import (
 from torch import Tensor, nn
 
 from lab import batches, checkpoints
-from models import ViT
+from models import Swin, ViT
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -216,6 +219,310 @@ def test_converting_leaves_the_arrays_it_is_given_as_they_were():
     assert all(np.array_equal(before[key], array) for key, array in arrays.items())
 
 
+# --------------------------------------------------------------------------------- timm's layout
+
+# timm's ConvNeXt has four stages, and its Swin pads a grid otherwise where windows do not fill it
+VIT = tiny_vit()
+CONVNEXT = tiny_convnext(depths=(1, 1, 2, 1), dims=(4, 8, 12, 16))
+SWIN = tiny_swin(patch=2, window=4, depths=(2, 2, 2), heads=(2, 4, 4))
+EACH_OF_TIMMS_SIZES = pytest.mark.parametrize("ours", [VIT, CONVNEXT, SWIN])
+
+
+def timms(model: nn.Module) -> dict[str, Tensor]:
+    """The model's weights under timm's names."""
+    vit, swin = isinstance(model, ViT), isinstance(model, Swin)
+    stages = "layers" if swin else "stages"
+    names = {
+        r"^class_token": "cls_token",
+        r"^position": "pos_embed",
+        r"^patch_embed": "patch_embed.proj",
+        r"^patch_norm": "patch_embed.norm",
+        r"^stages\.(\d+)\.": rf"{stages}.\1.blocks.",
+        r"^downsample\.(\d+)": lambda m: f"{stages}.{int(m[1]) + 1}.downsample",
+        r"dwconv": "conv_dw",
+        r"pwconv": "mlp.fc",
+        r"layer_scale": "gamma",
+        r"offset_bias": "relative_position_bias_table",
+        r"^head": "head" if vit else "head.fc",
+        r"^norm": "norm" if vit or swin else "head.norm",
+    }
+    state = {}
+    for key, value in model.state_dict().items():
+        for pattern, name in names.items():
+            key = re.sub(pattern, name, key)
+        state[key] = value
+    return state
+
+
+def timms_tiny(ours: nn.Module, **changes) -> nn.Module:
+    """timm's own model of the size of one of those, its weights owing nothing to ours."""
+    timm = pytest.importorskip("timm", reason="the reference is timm's model; pip install timm")
+    if isinstance(ours, ViT):
+        numbers = dict(img_size=32, patch_size=8, embed_dim=8, depth=2, num_heads=2)
+        build = timm.models.vision_transformer.VisionTransformer
+    elif isinstance(ours, Swin):
+        numbers = dict(img_size=32, patch_size=2, window_size=4, embed_dim=8)
+        numbers |= dict(depths=(2, 2, 2), num_heads=(2, 4, 4))
+        build = timm.models.swin_transformer.SwinTransformer
+    else:
+        numbers = dict(depths=(1, 1, 2, 1), dims=(4, 8, 12, 16))
+        build = timm.models.convnext.ConvNeXt
+    return randomise(build(**{**numbers, "num_classes": 5, **changes}), seed=1)
+
+
+def shapes(state: dict[str, Tensor]) -> dict[str, torch.Size]:
+    return {key: value.shape for key, value in state.items()}
+
+
+@EACH_OF_TIMMS_SIZES
+def test_what_these_tests_name_as_timm_does_has_the_names_and_shapes_of_timms_model(ours):
+    assert shapes(timms(ours)) == shapes(timms_tiny(ours).state_dict())
+
+
+@EACH_OF_TIMMS_SIZES
+def test_every_tensor_comes_back_from_timms_layout(ours, tmp_path):
+    torch.save(timms(ours), tmp_path / "timm.pth")
+    state = checkpoints.read_backbone(tmp_path / "timm.pth")
+    assert state.keys() == ours.state_dict().keys()
+    assert all(torch.equal(state[key], value) for key, value in ours.state_dict().items())
+
+
+@torch.no_grad()
+@EACH_OF_TIMMS_SIZES
+def test_a_file_of_timm_gives_the_features_and_logits_of_timms_model(ours, tmp_path):
+    theirs, ours, images = timms_tiny(ours), copy.deepcopy(ours), random_images(32)
+    torch.save(theirs.state_dict(), tmp_path / "timm.pth")
+    checkpoints.load_backbone(ours, checkpoints.read_backbone(tmp_path / "timm.pth"), head=True)
+    features = theirs.forward_head(theirs.forward_features(images), pre_logits=True)
+    assert features.std() > 0.1 and theirs(images).std() > 0.1
+    torch.testing.assert_close(ours.features(images), features, atol=1e-5, rtol=0)
+    assert difference(theirs, ours, images) < 1e-5
+
+
+def test_where_a_swins_mergings_stand_tells_timms_layout_from_its_authors(tmp_path):
+    merging = "layers.1.downsample.reduction.weight"
+    authors, timm = published_swin(SWIN)["model"], timms(SWIN)
+    assert authors[merging].shape != timm[merging].shape
+    for state in (authors, timm):
+        torch.save(state, tmp_path / "swin.pth")
+        read = checkpoints.read_backbone(tmp_path / "swin.pth")
+        assert all(torch.equal(read[key], value) for key, value in SWIN.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "ours, changes, named",
+    [
+        (VIT, dict(qk_norm=True), r"blocks\.0\.attn\.q_norm\.weight .*missing in the model"),
+        (VIT, dict(init_values=1.0), r"blocks\.0\.ls1\.gamma .*missing in the model"),
+        (VIT, dict(reg_tokens=2), "position .*1×19×8 in the file.* reg_token"),
+        (VIT, dict(no_embed_class=True), "position .*1×16×8 in the file"),
+        (VIT, dict(class_token=False, global_pool="avg"), r"class_token \(missing in the file"),
+        (VIT, dict(global_pool="avg"), r"norm\.weight \(missing in the file.* fc_norm"),
+        (VIT, dict(pre_norm=True), r"patch_embed\.bias \(missing in the file.* norm_pre"),
+        (VIT, dict(qkv_bias=False), r"blocks\.0\.attn\.qkv\.bias \(missing in the file"),
+        (CONVNEXT, dict(conv_mlp=True), r"pwconv1\.weight \(16×4×1×1 in the file"),
+        (CONVNEXT, dict(use_grn=True), r"\.mlp\.grn\.\S+ .*missing in the model"),
+        (CONVNEXT, dict(ls_init_value=None), r"layer_scale \(missing in the file"),
+        (CONVNEXT, dict(head_norm_first=True), r"norm\.weight \(missing in the file.* norm_pre"),
+        (SWIN, dict(window_size=2), r"offset_bias \(9×2 in the file"),
+    ],
+)
+def test_a_model_of_timm_that_is_built_otherwise_is_refused_by_key(ours, changes, named, tmp_path):
+    torch.save(timms_tiny(ours, **changes).state_dict(), tmp_path / "timm.pth")
+    state = checkpoints.read_backbone(tmp_path / "timm.pth")
+    with pytest.raises(ValueError, match=f"another architecture: .*{named}"):
+        checkpoints.load_backbone(copy.deepcopy(ours), state)
+
+
+def test_a_second_swin_is_refused_by_key(tmp_path):
+    timm = pytest.importorskip("timm", reason="it builds a SwinV2; pip install timm")
+    second = timm.models.swin_transformer_v2.SwinTransformerV2(
+        *(32, 2, 3, 5), embed_dim=8, depths=(2, 2, 2), num_heads=(2, 4, 4), window_size=4
+    )
+    torch.save(second.state_dict(), tmp_path / "timm.pth")
+    state = checkpoints.read_backbone(tmp_path / "timm.pth")
+    with pytest.raises(ValueError, match=r"downsample\.0\.norm\.weight \(16 in the file"):
+        checkpoints.load_backbone(copy.deepcopy(SWIN), state)
+
+
+@EACH_OF_TIMMS_SIZES
+def test_a_headless_file_of_timm_loads_but_for_the_head(ours, tmp_path):
+    theirs, ours = timms_tiny(ours, num_classes=0), copy.deepcopy(ours)
+    torch.save(theirs.state_dict(), tmp_path / "timm.pth")
+    state = checkpoints.read_backbone(tmp_path / "timm.pth")
+    checkpoints.load_backbone(ours, state)
+    with pytest.raises(ValueError, match=r"head\.weight \(missing in the file"):
+        checkpoints.load_backbone(ours, state, head=True)
+
+
+# ----------------------------------------------------------------------- files as trainers leave
+
+BUILDS = [tiny_vit, tiny_convnext, tiny_swin]
+
+
+def read_back(content: object, folder: Path) -> dict[str, Tensor]:
+    """What read_backbone makes of a torch file with that content."""
+    torch.save(content, folder / "model.pt")
+    return checkpoints.read_backbone(folder / "model.pt")
+
+
+def same(state: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
+    return state.keys() == expected.keys() and all(
+        torch.equal(state[k], expected[k]) for k in state
+    )
+
+
+def behind(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {prefix + key: value for key, value in state.items()}
+
+
+class Task(nn.Module):
+    """A model as an attribute of what trains it."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.net = model
+
+
+def compile_a_block(model: nn.Module) -> nn.Module:
+    blocks = model.blocks if isinstance(model, ViT) else model.stages[0]
+    blocks[0] = torch.compile(blocks[0])
+    return model
+
+
+def compile_all_and_a_block(model: nn.Module) -> nn.Module:
+    return torch.compile(compile_a_block(model))
+
+
+@pytest.mark.parametrize("build", BUILDS)
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        nn.DataParallel,  # names as DistributedDataParallel does
+        torch.compile,
+        lambda model: torch.compile(nn.DataParallel(model)),
+        lambda model: nn.DataParallel(torch.compile(model)),
+        compile_a_block,
+        compile_all_and_a_block,
+        Task,
+        lambda model: Task(torch.compile(nn.DataParallel(model))),
+        torch.optim.swa_utils.AveragedModel,
+        lambda model: torch.optim.swa_utils.AveragedModel(nn.DataParallel(model)),
+    ],
+)
+def test_a_model_that_was_wrapped_loads(build, wrap, tmp_path):
+    expected = build().state_dict()
+    wrapped = wrap(build()).state_dict()
+    assert wrapped.keys() != expected.keys()
+    assert same(read_back(wrapped, tmp_path), expected)
+
+
+@pytest.mark.parametrize(
+    "prefix", ["module.", "_orig_mod.", "_orig_mod.module.", "model.", "net.", "vit.encoder."]
+)
+@pytest.mark.parametrize(
+    "published",
+    [
+        *(lambda model=model: timms(model) for model in (VIT, CONVNEXT, SWIN)),
+        lambda: torchvisions_tiny_vit().state_dict(),
+        lambda: torchvisions_tiny_swin().state_dict(),
+        lambda: published_convnext(tiny_convnext())["model"],
+        lambda: published_swin(tiny_swin())["model"],
+    ],
+)
+def test_a_wrapped_model_of_any_layout_reads_as_it_does_unwrapped(published, prefix, tmp_path):
+    plain = read_back(published(), tmp_path)
+    assert same(read_back({"state_dict": behind(prefix, published())}, tmp_path), plain)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        lambda state: {"state_dict": behind("model.", state), "epoch": 3, "hyper_parameters": {}},
+        lambda state: {"model": state, "optimizer": {"state": {0: {}}, "param_groups": [{}]}},
+        lambda state: {"model_state_dict": state, "optimizer_state_dict": {}, "loss": 0.5},
+        lambda state: {"net": behind("module.", state), "acc": 0.5},
+        lambda state: {"module": state, "lr_scheduler": None},
+        lambda state: {"state_dict": None, "state_dict_ema": state},
+        lambda state: {"model_ema": {"n_averaged": torch.tensor(3), **behind("module.", state)}},
+        lambda state: {"state_dict": {"model": state}},
+        lambda state: {"model": state, "args": argparse.Namespace(lr=0.1, betas=[0.9, 0.99])},
+    ],
+)
+def test_weights_are_found_among_what_a_trainer_keeps(content, tmp_path):
+    expected = tiny_vit().state_dict()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert same(read_back(content(expected), tmp_path), expected)
+
+
+@pytest.mark.parametrize(
+    "trained, averaged", [("state_dict", "state_dict_ema"), ("model", "model_ema")]
+)
+def test_of_weights_and_their_average_those_trained_are_read_with_a_warning(
+    trained, averaged, tmp_path
+):
+    expected = tiny_vit().state_dict()
+    average = {key: value + 1 for key, value in expected.items()}
+    with pytest.warns(UserWarning, match=f"model.pt holds {trained} and {averaged}: {trained} is"):
+        state = read_back({averaged: average, trained: expected}, tmp_path)
+    assert same(state, expected)
+
+
+@pytest.mark.parametrize("build", BUILDS)
+@pytest.mark.parametrize(
+    "prefixes, beside, named",
+    [
+        (["model."], "criterion.weight", r"model\.\S+ and criterion\.weight,"),
+        (["net."], "metric.confusion", r"net\.\S+ and metric\.confusion,"),
+        (["vit."], "mean", r"vit\.\S+ and mean,"),
+        (["module.model."], "module.loss.weight", r"module\.model\.\S+ and module\.loss\.weight,"),
+        (["model.", "ema.module."], "ema.n_averaged", r"ema\.module\.\S+ and model\.\S+,"),
+        (["student.", "teacher."], "n_averaged", r"student\.\S+ and teacher\.\S+,"),
+        (["", "module."], "n_averaged", r"module\.\S+ and [^.]\S+,"),
+    ],
+)
+def test_entries_beside_a_wrapped_models_are_refused_by_name(
+    build, prefixes, beside, named, tmp_path
+):
+    state = {beside: torch.ones(5)}
+    for prefix in prefixes:
+        state |= behind(prefix, build().state_dict())
+    with pytest.raises(ValueError, match=f"model.pt holds {named} .* save the .* alone") as caught:
+        read_back(state, tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_entries_beside_a_plain_models_are_refused_by_name(tmp_path):
+    for beside in ("criterion.weight", "module.head.weight"):
+        state = read_back(tiny_vit().state_dict() | {beside: torch.ones(5)}, tmp_path)
+        with pytest.raises(ValueError, match=f"{beside} .*missing in the model"):
+            checkpoints.load_backbone(tiny_vit(), state)
+
+
+@pytest.mark.parametrize("missing", ["class_token", "patch_embed.weight", "blocks.1.mlp.fc2.bias"])
+def test_what_is_missing_behind_a_wrapper_is_named(missing, tmp_path):
+    state = tiny_vit().state_dict()
+    del state[missing]
+    state = read_back(behind("module._orig_mod.", state), tmp_path)
+    with pytest.raises(ValueError, match=rf"architecture: {missing} \(missing in the file[^;]*$"):
+        checkpoints.load_backbone(tiny_vit(), state)
+
+
+@pytest.mark.parametrize(
+    "twice, named",
+    [
+        ("blocks.0._orig_mod.norm1.weight", "blocks.0.norm1.weight"),
+        ("_orig_mod.position", "position"),
+        ("class_token", "class_token"),  # beside timm's cls_token
+    ],
+)
+def test_two_entries_by_one_name_are_refused(twice, named, tmp_path):
+    state = timms(tiny_vit()) if twice == named else tiny_vit().state_dict()
+    with pytest.raises(ValueError, match=f"model.pt holds two entries for {named};"):
+        read_back(state | {twice: torch.ones(8)}, tmp_path)
+
+
 # ----------------------------------------------------------------------------- into a model
 
 
@@ -353,11 +660,29 @@ def test_our_own_layout_is_recognised_bare_and_in_a_file_of_a_run(build, tmp_pat
         assert all(torch.equal(state[key], value) for key, value in expected.items())
 
 
-@pytest.mark.parametrize("content", [[1, 2], {}, {"model": "a name"}, {"model": {"epoch": 3}}])
-def test_a_file_without_weights_is_refused(content, tmp_path):
-    torch.save(content, tmp_path / "model.pth")
-    with pytest.raises(ValueError, match="model.pth holds no state dict"):
-        checkpoints.read_backbone(tmp_path / "model.pth")
+@pytest.mark.parametrize(
+    "content, found",
+    [
+        ([1, 2], "list"),
+        (torch.ones(3), "Tensor"),
+        ({}, "nothing"),
+        ({"model": {}}, "nothing"),
+        ({"model": "a name"}, "model"),
+        ({"model": {"epoch": 3, "norm.weight": torch.ones(3)}}, "epoch"),
+        ({0: torch.ones(3)}, "0"),
+        ({"epoch": 3, "teacher": {"norm.weight": torch.ones(3)}}, "epoch, teacher"),
+    ],
+)
+def test_a_file_without_weights_is_refused_and_says_what_it_holds(content, found, tmp_path):
+    with pytest.raises(ValueError, match=f"model.pt holds no state dict of a model, but {found};"):
+        read_back(content, tmp_path)
+
+
+def test_code_beside_the_weights_is_refused_and_does_not_run(tmp_path):
+    code = argparse.Namespace(flag=RunsCode(tmp_path / "executed"))
+    with pytest.raises(OSError, match="model.pt is refused"):
+        read_back({"model": tiny_vit().state_dict(), "args": code}, tmp_path)
+    assert not (tmp_path / "executed").exists()
 
 
 def test_a_published_file_of_another_size_is_refused_by_key(tmp_path):
