@@ -18,7 +18,6 @@ import warnings
 import zipfile
 import zlib
 from collections.abc import Iterable, Mapping
-from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -344,22 +343,16 @@ def under_our_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
         for key, value in state.items()
         if not key.endswith(NO_WEIGHTS)
     )
-    columns = zip(*(key.split(".")[:-1] for key in state))
-    shared = takewhile(lambda words: len(set(words)) == 1, columns)
-    prefix = "".join(f"{words[0]}." for words in shared)
-    plain = {key.removeprefix(prefix): value for key, value in state.items()}
     for entry, convert in LAYOUTS.items():
-        found = [key for key in plain if f".{key}".endswith(f".{entry}")]
-        if found == [entry]:
-            return convert(plain)
+        found = [key for key in state if f".{key}".endswith(f".{entry}")]
         if found:
-            wrapped = max(found, key=len)
-            root = wrapped.removesuffix(entry)
-            beside = next(key for key in plain if not key.startswith(root))
-            raise ValueError(
-                f"holds {prefix}{wrapped} and {prefix}{beside}, which are not of one model"
-            )
-    return plain
+            wrapped = max(found, key=len)  # so that a model beside it does not share its prefix
+            prefix = wrapped.removesuffix(entry)
+            beside = [key for key in state if not key.startswith(prefix)]
+            if beside:
+                raise ValueError(f"holds {wrapped} and {beside[0]}, which are not of one model")
+            return convert({key.removeprefix(prefix): value for key, value in state.items()})
+    return state
 
 
 def read_arrays(path: str | Path) -> dict[str, np.ndarray]:

@@ -494,18 +494,25 @@ def test_entries_beside_a_wrapped_models_are_refused_by_name(
 
 
 def test_entries_beside_a_plain_models_are_refused_by_name(tmp_path):
-    for beside in ("criterion.weight", "module.head.weight"):
+    for beside in ("criterion.weight", "module.head.weight", "decoder_patch_embed.weight"):
         state = read_back(tiny_vit().state_dict() | {beside: torch.ones(5)}, tmp_path)
         with pytest.raises(ValueError, match=f"{beside} .*missing in the model"):
             checkpoints.load_backbone(tiny_vit(), state)
 
 
-@pytest.mark.parametrize("missing", ["class_token", "patch_embed.weight", "blocks.1.mlp.fc2.bias"])
+@pytest.mark.parametrize("missing", ["class_token", "patch_embed.bias", "blocks.1.mlp.fc2.bias"])
 def test_what_is_missing_behind_a_wrapper_is_named(missing, tmp_path):
     state = tiny_vit().state_dict()
     del state[missing]
     state = read_back(behind("module._orig_mod.", state), tmp_path)
     with pytest.raises(ValueError, match=rf"architecture: {missing} \(missing in the file[^;]*$"):
+        checkpoints.load_backbone(tiny_vit(), state)
+
+
+def test_of_a_file_with_one_entry_all_that_is_missing_is_named(tmp_path):
+    state = read_back({"module.patch_embed.weight": tiny_vit().patch_embed.weight}, tmp_path)
+    assert state.keys() == {"patch_embed.weight"}
+    with pytest.raises(ValueError, match=r"architecture: class_token \(missing in the file"):
         checkpoints.load_backbone(tiny_vit(), state)
 
 
