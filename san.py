@@ -59,14 +59,22 @@ class SANLayer(nn.Module):
     Without `scale`, γ acts in the posterior layers alone.
     """
 
-    def __init__(self, layer: nn.Module, gamma: bool, beta: bool, scale: bool):
+    def __init__(self, layer: nn.Module, with_gamma: bool, with_beta: bool, scale: bool):
         super().__init__()
         vars(self).update(_described(layer))  # what a parent may read: in_features, stride, …
-        self.layer, self.axes, self.scale, self.used = layer, _axes(layer), scale, False
-        self.gamma = nn.Parameter(_ones(layer)) if gamma else None
-        self.beta = nn.Parameter(0 * _ones(layer)) if beta else None
+        self.layer, self.axes = layer, _axes(layer)
+        self.gamma = nn.Parameter(_ones(layer)) if with_gamma else None
+        self.beta = nn.Parameter(0 * _ones(layer)) if with_beta else None
+        self.scale, self.used = scale, False
         self.anterior: tuple[SANLayer, ...] = ()  # a tuple: its γ is shared, and no part of ours
         self.register_buffer("index", None, persistent=False)
+
+    def vectors(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """γ', γ and β as they act on this layer, or None."""
+        anterior_gamma = _whole(self.anterior[0].gamma) if self.anterior else None
+        if self.index is not None:
+            anterior_gamma = anterior_gamma[self.index.to(anterior_gamma.device)]
+        return anterior_gamma, _whole(self.gamma) if self.scale else None, _whole(self.beta)
 
     def forward(self, x: Tensor) -> Tensor:
         """First read (2), then write (1).
@@ -74,39 +82,31 @@ class SANLayer(nn.Module):
         (W diag(γ')) x = W (γ' ⊙ x), so x is scaled and not W. W is frozen, but W diag(γ') is not:
         its gradient, out×in, would cost as much per step as fine-tuning W.
         """
-        gamma, anterior_gamma = self.gammas()
-        z = self.layer(_scaled(anterior_gamma, x, None, self.axes))  # W (γ' ⊙ x) + b
-        return _scaled(gamma, z, self.beta, self.axes)  # γ ⊙ z + β
+        _mark_used(self)
+        anterior_gamma, gamma, beta = self.vectors()
+        z = self.layer(_affine(anterior_gamma, x, None, self.axes.places))  # W (γ' ⊙ x) + b
+        return _affine(gamma, z, beta, self.axes.places)  # γ ⊙ z + β
 
     def forward_explicit(self, x: Tensor) -> Tensor:
         """The same, as the paper writes it: γ' acts on the weight's columns."""
-        gamma, anterior_gamma = self.gammas()
+        anterior_gamma, gamma, beta = self.vectors()
         weight = self.layer.weight * _columns(anterior_gamma, self.axes)
         z = torch.func.functional_call(self.layer, {"weight": weight.to(self.layer.weight)}, x)
-        return _scaled(gamma, z, self.beta, self.axes)
+        return _affine(gamma, z, beta, self.axes.places)
 
     def merged(self) -> tuple[Tensor, Tensor | None]:
         """W* = diag(γ) W diag(γ') and b* = γ ⊙ b + β, in float32 at least, then rounded once."""
-        weight, bias = _gathered(self.layer.weight), _gathered(self.layer.bias)
-        gamma, anterior_gamma = (_gathered(v, weight.device) for v in self.gammas())
+        weight, bias = _whole(self.layer.weight), _whole(self.layer.bias)
+        vectors = (v if v is None else v.to(weight.device) for v in self.vectors())
+        anterior_gamma, gamma, beta = vectors
         merged = _rows(gamma, self.axes) * _wide(weight) * _columns(anterior_gamma, self.axes)
         if bias is not None:
-            shifted = _wide(bias) if gamma is None else gamma * _wide(bias)
-            beta = _gathered(self.beta, weight.device)
-            bias = (shifted if beta is None else shifted + beta).to(bias.dtype)
+            bias = _affine(gamma, _wide(bias), beta, places=0).to(bias.dtype)
         return merged.to(weight.dtype), bias
 
-    def gammas(self) -> tuple[Tensor | None, Tensor | None]:
-        """γ and γ' as they act on this layer, or None."""
-        _mark_used(self)
-        anterior_gamma = _gathered(self.anterior[0].gamma) if self.anterior else None
-        if self.index is not None:
-            anterior_gamma = anterior_gamma[self.index.to(anterior_gamma.device)]
-        return self.gamma if self.scale else None, anterior_gamma
-
     # whoever reads this layer instead of calling it finds the merged one
-    weight = property(lambda self: self.merged()[0])
-    bias = property(lambda self: self.merged()[1])
+    weight = property(lambda self: _mark_used(self).merged()[0])
+    bias = property(lambda self: _mark_used(self).merged()[1])
 
 
 def attach(
@@ -118,7 +118,7 @@ def attach(
     shift: bool = False,
     trainable: Iterable[str] = (),
 ) -> None:
-    """Freeze `model` and put a SAN layer in place of each linked layer; the output stays the same.
+    """Freeze `model` and put a SAN layer in place of each linked layer; it computes the same still.
 
     scale, propagate: the two uses of γ; one of them alone is the ablation of [C].
     shift: train β as well; with propagate=False that is SSF [S]. A layer without a bias gets no
@@ -127,9 +127,9 @@ def attach(
     Raises ValueError or TypeError for what cannot be adapted, and leaves the model as it was.
     """
     settings = {"scale": scale, "propagate": propagate, "shift": shift}
-    model, links, trainable = _check(model, links, trainable, settings)
-    _remember(model, links, trainable, settings)
-    _freeze(model, trainable)
+    model, links, keys = _check(model, links, trainable, settings)
+    _remember(model, links, keys, settings)
+    _freeze(model, keys)
     _wire(model, links, settings)
 
 
@@ -165,58 +165,36 @@ def detach(model: nn.Module) -> None:
 # ==================================================================================================
 
 
-class _Scale(torch.autograd.Function):
-    """γ ⊙ x + β, as autograd would do it but with one buffer where it takes three.
-
-    These products are bound by memory, not arithmetic, so that fewer buffers are a faster step.
-    dx = γ ⊙ g, dγ = Σ g ⊙ x, dβ = Σ g, summed over all but channels.
-    """
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor, gamma: Tensor, beta: Tensor | None) -> Tensor:
-        return (x * gamma if beta is None else torch.addcmul(beta, x, gamma)).to(x.dtype)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        x, gamma, beta = inputs
-        ctx.save_for_backward(x, gamma)
-        ctx.save_for_forward(x, gamma)
-        ctx.shift = beta is not None
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        x, gamma = ctx.saved_tensors
-        g = g.to(gamma.dtype)
-        beta_gradient = g.sum_to_size(gamma.shape) if ctx.shift else None
-        product = g * x
-        gamma_gradient = product.sum_to_size(gamma.shape)
-        if not ctx.needs_input_grad[0]:
-            return None, gamma_gradient, beta_gradient
-        if torch.is_grad_enabled():  # a gradient of this gradient will be asked for
-            return (g * gamma).to(x.dtype), gamma_gradient, beta_gradient
-        gamma_gradient = gamma_gradient.clone()  # it may be the product itself
-        return torch.mul(g, gamma, out=product).to(x.dtype), gamma_gradient, beta_gradient
-
-    @staticmethod
-    def jvp(ctx: Any, dx: Tensor, dgamma: Tensor, dbeta: Tensor | None) -> Tensor:
-        x, gamma = ctx.saved_tensors
-        moved = dx * gamma + x * dgamma
-        return (moved if dbeta is None else moved + dbeta).to(x.dtype)
+def _wire(model: nn.Module, links: list[Link], settings: dict[str, bool]) -> None:
+    modules, layers = _modules(model), {}
+    anteriors = {link.anterior for link in links}
+    for link in links:
+        layer = modules[link.layer]
+        layers[link.layer] = SANLayer(
+            layer,
+            with_gamma=settings["scale"] or link.layer in anteriors,
+            with_beta=settings["shift"] and layer.bias is not None,
+            scale=settings["scale"],
+        )
+        _replace(model, link.layer, layers[link.layer])
+    for link in links:
+        if link.anterior is not None and settings["propagate"]:
+            layers[link.layer].anterior = (layers[link.anterior],)
+            layers[link.layer].index = link.index
+    model.register_forward_hook(_look_at_first_forward)
 
 
-def _scaled(gamma: Tensor | None, x: Tensor, beta: Tensor | None, axes: "_Axes") -> Tensor:
-    """γ ⊙ x + β along the channels of x, computed in γ's precision, returned in x's."""
-    if gamma is None and beta is None:
-        return x
-    shape = (-1, *[1] * axes.places)  # channels stand before the places of a picture
-    gamma, beta = (v if v is None else v.to(x.device).view(shape) for v in (gamma, beta))
-    if gamma is None:
-        return (x + beta).to(x.dtype)
-    if torch.compiler.is_compiling():  # it fuses this by itself
-        return (gamma * x if beta is None else gamma * x + beta).to(x.dtype)
-    return _Scale.apply(x, gamma, beta)
+def _fold(layer: SANLayer) -> nn.Module:
+    """The layer itself, with its merged weight and bias."""
+    for name, new in zip(("weight", "bias"), layer.merged()):
+        old = getattr(layer.layer, name)
+        if hasattr(old, "full_tensor"):  # FSDP2 holds on to the parameter, so it stays
+            from torch.distributed.tensor import distribute_tensor
+
+            old.data.copy_(distribute_tensor(new, old.device_mesh, old.placements))
+        elif new is not None:
+            layer.layer._parameters[name] = nn.Parameter(new.detach(), requires_grad=False)
+    return layer.layer
 
 
 class _Axes(NamedTuple):
@@ -277,26 +255,83 @@ def _ones(layer: nn.Module) -> Tensor:
     return _wide(layer.weight.detach().new_ones(_axes(layer).outputs))
 
 
-def _gathered(tensor: Tensor | None, device: torch.device | None = None) -> Tensor | None:
-    """A tensor that FSDP2 has sharded, whole; any other as it is."""
-    if tensor is None:
-        return None
-    if hasattr(tensor, "full_tensor"):
-        tensor = tensor.full_tensor()
-    return tensor if device is None else tensor.to(device)
+def _whole(tensor: Tensor | None) -> Tensor | None:
+    """What FSDP2 has sharded, gathered; any other tensor as it is."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def _mark_used(layer: SANLayer) -> None:
+def _mark_used(layer: SANLayer) -> SANLayer:
     if not torch.compiler.is_compiling():  # where it would be one more thing to guard
         layer.used = True
+    return layer
+
+
+# ---------------------------------------------------------------------------- the faster product
+
+
+def _affine(gamma: Tensor | None, x: Tensor, beta: Tensor | None, places: int) -> Tensor:
+    """γ ⊙ x + β along the channels of x, which stand before `places` more axes.
+
+    Computed in γ's precision, returned in x's.
+    """
+    if gamma is None and beta is None:
+        return x
+    shape = (-1, *[1] * places)
+    gamma, beta = (v if v is None else v.to(x.device).view(shape) for v in (gamma, beta))
+    if gamma is None:
+        return (x + beta).to(x.dtype)
+    if torch.compiler.is_compiling():  # it fuses this by itself
+        return (gamma * x if beta is None else gamma * x + beta).to(x.dtype)
+    return _OneBuffer.apply(x, gamma, beta)
+
+
+class _OneBuffer(torch.autograd.Function):
+    """γ ⊙ x + β, as autograd would do it but with one buffer where it takes three.
+
+    These products are bound by memory, not arithmetic, so that fewer buffers are a faster step.
+    dx = γ ⊙ g, dγ = Σ g ⊙ x, dβ = Σ g, summed over all but channels.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, gamma: Tensor, beta: Tensor | None) -> Tensor:
+        return (x * gamma if beta is None else torch.addcmul(beta, x, gamma)).to(x.dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        x, gamma, beta = inputs
+        ctx.save_for_backward(x, gamma)
+        ctx.save_for_forward(x, gamma)
+        ctx.shift = beta is not None
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, gamma = ctx.saved_tensors
+        g = g.to(gamma.dtype)
+        beta_gradient = g.sum_to_size(gamma.shape) if ctx.shift else None
+        product = g * x
+        gamma_gradient = product.sum_to_size(gamma.shape)
+        if not ctx.needs_input_grad[0]:
+            return None, gamma_gradient, beta_gradient
+        if torch.is_grad_enabled():  # a gradient of this gradient will be asked for
+            return (g * gamma).to(x.dtype), gamma_gradient, beta_gradient
+        gamma_gradient = gamma_gradient.clone()  # it may be the product itself
+        return torch.mul(g, gamma, out=product).to(x.dtype), gamma_gradient, beta_gradient
+
+    @staticmethod
+    def jvp(ctx: Any, dx: Tensor, dgamma: Tensor, dbeta: Tensor | None) -> Tensor:
+        x, gamma = ctx.saved_tensors
+        moved = dx * gamma + x * dgamma
+        return (moved if dbeta is None else moved + dbeta).to(x.dtype)
 
 
 # -------------------------------------------------------------------- names, seen through wrappers
 
 # what torch.compile, checkpoint_wrapper and FSDP put into the names of what they wrap
-WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 # who call what they hold `module`
-HOLDERS = (nn.parallel.DistributedDataParallel, nn.DataParallel, AveragedModel)
+_HOLDERS = (nn.parallel.DistributedDataParallel, nn.DataParallel, AveragedModel)
 
 
 def _unwrapped(module: nn.Module, ddp: bool = True) -> nn.Module:
@@ -307,7 +342,7 @@ def _unwrapped(module: nn.Module, ddp: bool = True) -> nn.Module:
                 "DistributedDataParallel counts the parameters when it wraps a model; adapt the "
                 "model first, then wrap it"
             )
-        names = ("module",) if isinstance(module, HOLDERS) else WRAPPERS
+        names = ("module",) if isinstance(module, _HOLDERS) else _WRAPPERS
         inner = [name for name in names if name in module._modules]
         if not inner:
             return module
@@ -316,7 +351,7 @@ def _unwrapped(module: nn.Module, ddp: bool = True) -> nn.Module:
 
 def _plain(name: str) -> str:
     """A name without its wrappers, and a parametrized weight's as if it were a plain one."""
-    parts = [part for part in name.split(".") if part and part not in WRAPPERS]
+    parts = [part for part in name.split(".") if part and part not in _WRAPPERS]
     if len(parts) > 2 and parts[-3] == "parametrizations" and parts[-1] == "original":
         parts[-3:] = [parts[-2]]
     return ".".join(parts)
@@ -389,7 +424,7 @@ def _check(
 
     keys = []
     for name in map(_plain, [trainable] if isinstance(trainable, str) else trainable):
-        own = [k for k in tensors if (k == name or k.startswith(f"{name}.") or not name)]
+        own = [k for k in tensors if k == name or k.startswith(f"{name}.")]
         own = [k for k in own if isinstance(tensors[k], nn.Parameter)]
         if not own:
             closest = _closest(name, [*modules, *tensors])
@@ -411,7 +446,7 @@ def _check(
 def _check_layer(name: str, layer: nn.Module) -> None:
     """Raise for a layer whose output is not W x + b with a weight that can be scaled."""
     kind = type(layer).__name__
-    if not isinstance(layer, PLAIN) and not _is_conv1d_of_transformers(layer):
+    if not isinstance(layer, _KNOWN) and not _is_conv1d_of_transformers(layer):
         raise TypeError(
             f"layer '{name}' is a {kind}; SAN adapts Linear, Conv1d, Conv2d and Conv3d, their "
             "subclasses, and transformers' Conv1D"
@@ -438,14 +473,14 @@ def _check_layer(name: str, layer: nn.Module) -> None:
             f"layer '{name}' has hooks; the merge is exact only if they leave what passes as it is",
             stacklevel=4,
         )
-    if type(layer) not in PLAIN and not _is_linear(layer):
+    if type(layer) not in _KNOWN and not _is_linear(layer):
         raise TypeError(
             f"layer '{name}', a {kind}, does not compute W x + b with its weight as it is, so that "
             "nothing could be folded into it"
         )
 
 
-PLAIN = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_KNOWN = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 @torch.no_grad()
@@ -468,7 +503,7 @@ def _is_linear(layer: nn.Module) -> bool:
         return (drawn + 0.5).to(device)
 
     x, rows, columns = draw(1, axes.inputs, *sides), draw(axes.outputs), draw(axes.inputs)
-    expected = _scaled(rows, layer(_scaled(columns, x, None, axes)), None, axes)
+    expected = _affine(rows, layer(_affine(columns, x, None, axes.places)), None, axes.places)
     scaled = {"weight": _rows(rows, axes) * layer.weight * _columns(columns, axes)}
     if layer.bias is not None:
         scaled["bias"] = rows * layer.bias
@@ -574,25 +609,6 @@ def _freeze(model: nn.Module, trainable: list[str]) -> None:
             tensor.requires_grad_(True)
 
 
-def _wire(model: nn.Module, links: list[Link], settings: dict[str, bool]) -> None:
-    modules, layers = _modules(model), {}
-    anteriors = {link.anterior for link in links}
-    for link in links:
-        layer = modules[link.layer]
-        layers[link.layer] = SANLayer(
-            layer,
-            gamma=settings["scale"] or link.layer in anteriors,
-            beta=settings["shift"] and layer.bias is not None,
-            scale=settings["scale"],
-        )
-        _replace(model, link.layer, layers[link.layer])
-    for link in links:
-        if link.anterior is not None and settings["propagate"]:
-            layers[link.layer].anterior = (layers[link.anterior],)
-            layers[link.layer].index = link.index
-    model.register_forward_hook(_look_at_first_forward)
-
-
 def _look_at_first_forward(model: nn.Module, *_: Any) -> None:
     """Warn of linked layers that took no part in it, and of γ in half precision."""
     if torch.compiler.is_compiling():
@@ -637,19 +653,6 @@ def _layers(model: nn.Module) -> dict[str, SANLayer]:
         if not isinstance(layer, SANLayer):
             raise ValueError(f"the linked layer '{name}' was taken out of the model after attach")
     return layers
-
-
-def _fold(layer: SANLayer) -> nn.Module:
-    """The layer itself, with its merged weight and bias."""
-    for name, new in zip(("weight", "bias"), layer.merged()):
-        old = getattr(layer.layer, name)
-        if hasattr(old, "full_tensor"):  # FSDP2 holds on to the parameter, so it stays
-            from torch.distributed.tensor import distribute_tensor
-
-            old.data.copy_(distribute_tensor(new, old.device_mesh, old.placements))
-        elif new is not None:
-            layer.layer._parameters[name] = nn.Parameter(new.detach(), requires_grad=False)
-    return layer.layer
 
 
 def _require_finite(what: str, *tensors: Tensor | None) -> None:
@@ -809,7 +812,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike) -> None:
     model, layers = _adapted(model)
     if any(layer.used for layer in layers.values()):
         _look_at_first_forward(model)
-    values = {key: _gathered(v.detach()).clone() for key, v in _different(model).items()}
+    values = {key: _whole(v.detach()).clone() for key, v in _different(model).items()}
     for key, value in values.items():
         _require_finite(f"'{key}'", value)
     attached = model._san
@@ -819,8 +822,19 @@ def save_adapter(model: nn.Module, path: str | os.PathLike) -> None:
         for key, shape in attached.shapes.items()
         if key not in values and not key.startswith(lost)
     }
-    content = {"san": 2, "links": [tuple(link) for link in attached.links], "frozen": frozen}
-    write(content | {"settings": attached.settings, "values": values}, path)
+    content = {"san": _FORMAT, "links": [tuple(link) for link in attached.links]}
+    content |= {"settings": attached.settings, "values": values, "frozen": frozen}
+    content["samples"] = {name: _sample(layer.layer.weight) for name, layer in layers.items()}
+    write(content, path)
+
+
+_FORMAT = 2  # of adapter files
+
+
+def _sample(weight: Tensor) -> Tensor:
+    """Sixteen entries of a weight: enough to tell the base from others of the same shapes."""
+    flat = _whole(weight).detach().flatten()
+    return flat[:: max(1, len(flat) // 16)][:16].float().cpu().clone()
 
 
 def _different(model: nn.Module) -> dict[str, Tensor]:
@@ -849,13 +863,14 @@ def _different(model: nn.Module) -> dict[str, Tensor]:
 def load_adapter(model: nn.Module, path: str | os.PathLike) -> None:
     """Attach what `save_adapter` wrote to a fresh base model, on its device and in its dtype.
 
-    What is frozen decides whether the file fits; a linear layer that was trained, as a new head,
-    takes the file's shape. Raises ValueError, and leaves the model as it was, if the file belongs
-    to another base model (naming the first keys that differ), has values that are not finite or is
-    no adapter; OSError if it is unreadable.
+    What is frozen decides whether the file fits: its names, shapes and a few entries per linked
+    weight. A linear layer or convolution that was trained, as a new head, takes the file's shape; a
+    head of another kind has to be put in place first. Raises ValueError, and leaves the model as it
+    was, if the file belongs to another base model (naming what differs first), has values that are
+    not finite or is no adapter; OSError if it is unreadable.
     """
     content = read(path)
-    if not isinstance(content, dict) or content.get("san") != 2:
+    if not isinstance(content, dict) or content.get("san") != _FORMAT:
         raise ValueError(f"{path} is not an adapter that this san.py wrote")
     model = _unwrapped(model, ddp=False)
     if hasattr(model, "_san"):
@@ -867,6 +882,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike) -> None:
         own = _tensors(model, saved=True)
         added = {f"{link.layer}.{name}" for link in links for name in ("gamma", "beta")}
         _check_base(path, frozen, {k: v for k, v in values.items() if k not in added}, model)
+        _check_samples(path, content["samples"], own)
         for key, value in values.items():
             _require_finite(f"{path} is broken: '{key}'", value)
         trained = [k for k in values if k not in added and isinstance(own[k], nn.Parameter)]
@@ -891,7 +907,7 @@ def _check_base(path: Any, frozen: dict, values: dict, model: nn.Module) -> None
     def fits(key: str) -> bool:
         if there.get(key) == here.get(key):
             return True
-        is_layer = isinstance(modules.get(key.rpartition(".")[0]), PLAIN)
+        is_layer = isinstance(modules.get(key.rpartition(".")[0]), _KNOWN)
         return key in values and key in here and is_layer and there[key][1:] == here[key][1:]
 
     differ = [
@@ -901,6 +917,17 @@ def _check_base(path: Any, frozen: dict, values: dict, model: nn.Module) -> None
     ]
     if differ:
         raise ValueError(f"{path} was trained on another base model: {'; '.join(differ[:3])}")
+
+
+def _check_samples(path: Any, samples: dict, own: dict[str, Tensor]) -> None:
+    """Raise ValueError if a linked weight has other values, whatever either was rounded to."""
+    for name, there in samples.items():
+        here = _sample(own[f"{name}.weight"])
+        if not torch.allclose(here, there, rtol=0, atol=0.1 * there.abs().max().item()):
+            raise ValueError(
+                f"{path} was trained on other weights of this architecture: {name}.weight is "
+                f"{there[0]:.3g}, … there and {here[0]:.3g}, … here; load the same base first"
+            )
 
 
 def summary(model: nn.Module) -> dict[str, Any]:
@@ -915,7 +942,7 @@ def summary(model: nn.Module) -> dict[str, Any]:
     total = sum(p.numel() for p in model.parameters())
     figures = {}
     for name, layer in layers.items():
-        if (gamma := _gathered(layer.gamma)) is not None:
+        if (gamma := _whole(layer.gamma)) is not None:
             figures[name] = {
                 "potentiated": (gamma > 1).float().mean().item(),
                 "depressed": (gamma < 1).float().mean().item(),

@@ -193,7 +193,7 @@ def test_the_cheap_form_equals_the_explicit_weight_form_and_so_do_its_gradients(
 def test_gamma_is_one_parameter_and_its_gradient_is_the_sum_of_its_two_uses():
     model, x = adapted_mlp(), torch.randn(5, 6).double()
     gamma = model.fc1.gamma
-    assert model.fc2.gammas()[1] is gamma
+    assert model.fc2.vectors()[0] is gamma
     names = [n for n, p in model.named_parameters(remove_duplicate=False) if p is gamma]
     optimiser = torch.optim.SGD([p for p in model.parameters() if p.requires_grad])
     assert names == ["fc1.gamma"]
@@ -267,7 +267,7 @@ def test_in_bfloat16_merging_rounds_the_exact_product_once(kind):
     model, san_layer, _ = adapted_layer(kind, dtype=torch.bfloat16)
     layer, gamma, beta = san_layer.layer, san_layer.gamma, san_layer.beta
     groups = getattr(layer, "groups", 1)
-    columns = san_layer.gammas()[1].view(groups, -1)  # of each group's rows
+    columns = san_layer.vectors()[0].view(groups, -1)  # of each group's rows
     columns = columns.repeat_interleave(len(layer.weight) // groups, 0)
 
     def product(dtype):
@@ -348,7 +348,7 @@ def test_a_deep_copy_is_independent_and_shares_gamma_within_itself():
     with unchanged(model):
         twin = copy.deepcopy(model)
         assert torch.equal(twin(x), model(x))
-        assert twin.fc2.gammas()[1] is twin.fc1.gamma is not model.fc1.gamma
+        assert twin.fc2.vectors()[0] is twin.fc1.gamma is not model.fc1.gamma
         moved = trained(twin, seed=2)(x)
         assert difference(moved, model(x)) > 1e-3
         merge(twin)
@@ -410,6 +410,7 @@ def narrower():
         (lambda: mlp(first="stem"), r"fc1\.weight \(\[8, 6\] there, missing here\); fc1\.bias"),
         (narrower, r"fc2\.weight \(\[8, 8\] there, \[7, 8\] here\)"),
         (lambda: case("convnext_micro")[0], r"fc1\.weight"),
+        (lambda: randomised(mlp()), r"other weights of this architecture: fc1\.weight is"),
         (adapted_mlp, "already"),
     ],
 )
@@ -418,6 +419,19 @@ def test_an_adapter_of_another_base_is_refused_with_the_keys_that_differ(other, 
     model = other()
     with unchanged(model), pytest.raises(ValueError, match=message):
         load_adapter(model, tmp_path / "a.pt")
+
+
+def test_a_new_head_of_another_size_is_loaded_and_detached(tmp_path):
+    model, x = mlp(), torch.randn(2, 6).double()
+    attach(model, LINKS, shift=True, trainable=["norm"])
+    model.head = nn.Linear(8, 7).double()  # put in after attach, and named nowhere
+    save_adapter(trained(model), tmp_path / "a.pt")
+    other = mlp()
+    with unchanged(other):
+        load_adapter(other, tmp_path / "a.pt")
+        assert torch.equal(other(x), model(x)) and other.head.out_features == 7
+        detach(other)
+    assert other.head.out_features == 3
 
 
 class Malicious:
