@@ -394,7 +394,7 @@ def _check(
     Raises ValueError or TypeError for the first thing that is not right.
     """
     model = _unwrapped(model, ddp=False)
-    if hasattr(model, "_san"):
+    if hasattr(model, "_san") or any(isinstance(module, SANLayer) for module in model.modules()):
         raise ValueError("this model has SAN layers already; merge or detach it first")
     if not (settings["scale"] or settings["propagate"]):
         raise ValueError("γ would act nowhere; leave scale or propagate on")
@@ -430,6 +430,7 @@ def _check(
             closest = _closest(name, [*modules, *tensors])
             raise ValueError(f"nothing to train is called '{name}'{closest}")
         for key in own:
+            _require_values(key, tensors[key])
             if inside := [layer for layer in names if key.startswith(f"{layer}.")]:
                 raise ValueError(
                     f"'{key}' belongs to the linked layer '{inside[0]}', which is frozen"
@@ -461,6 +462,7 @@ def _check_layer(name: str, layer: nn.Module) -> None:
         )
     if nn.parameter.is_lazy(weight):
         raise ValueError(f"layer '{name}' is not initialised yet; run the model once first")
+    _require_values(f"{name}.weight", weight)
     if not weight.is_floating_point() or weight.element_size() < 2:
         raise TypeError(f"layer '{name}' is quantised to {weight.dtype}; SAN scales plain weights")
     if hasattr(weight, "full_tensor"):
@@ -468,6 +470,11 @@ def _check_layer(name: str, layer: nn.Module) -> None:
     if type(weight.data) is not Tensor or weight.ndim < 2:
         raise TypeError(
             f"the weight of layer '{name}' is a {type(weight.data).__name__}, not plain"
+        )
+    if taken := {*_OWN, *dir(SANLayer)} & vars(layer).keys() - {"forward"}:
+        raise ValueError(
+            f"layer '{name}' keeps something called '{min(taken)}', and a SAN layer something else "
+            "under that name; rename it"
         )
     if layer._forward_hooks or layer._forward_pre_hooks:
         warnings.warn(
@@ -482,6 +489,7 @@ def _check_layer(name: str, layer: nn.Module) -> None:
 
 
 _KNOWN = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_OWN = ("layer", "axes", "scale", "used", "gamma", "beta", "anterior", "index")  # of a SANLayer
 
 
 @torch.no_grad()
@@ -647,7 +655,11 @@ def _adapted(model: nn.Module) -> tuple[nn.Module, dict[str, SANLayer]]:
         raise ValueError("this model has no SAN layers (never attached, or merged or detached)")
     if model._san.disabled:
         raise ValueError("the SAN layers are disabled; do this outside of `disabled`")
-    return model, _layers(model)
+    layers = _layers(model)
+    for name, layer in layers.items():
+        for part, parameter in layer.named_parameters(recurse=False):
+            _require_values(f"{name}.{part}", parameter)
+    return model, layers
 
 
 def _layers(model: nn.Module) -> dict[str, SANLayer]:
@@ -657,6 +669,14 @@ def _layers(model: nn.Module) -> dict[str, SANLayer]:
         if not isinstance(layer, SANLayer):
             raise ValueError(f"the linked layer '{name}' was taken out of the model after attach")
     return layers
+
+
+def _require_values(name: str, tensor: Tensor) -> None:
+    if tensor.is_meta:
+        raise ValueError(
+            f"'{name}' is on the meta device, which holds no values: not loaded yet, or offloaded; "
+            "load the model first, and offload it after the merge"
+        )
 
 
 def _require_finite(what: str, *tensors: Tensor | None) -> None:
@@ -777,7 +797,7 @@ def write(content: Any, path: str | os.PathLike, save: Callable | None = None) -
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        (save or torch.save)(content, temporary)
+        (save or _save)(content, temporary)
         os.replace(temporary, path)
     except BaseException as error:
         if temporary.exists():
@@ -785,6 +805,11 @@ def write(content: Any, path: str | os.PathLike, save: Callable | None = None) -
         if isinstance(error, (OSError, RuntimeError)):  # a full disk is a RuntimeError to torch
             raise OSError(f"could not write {path}: {str(error).splitlines()[0]}") from error
         raise
+
+
+def _save(content: Any, path: Path) -> None:
+    with open(path, "wb") as file:  # its errors are raised; torch 2.6's own file may hide them
+        torch.save(content, file)
 
 
 def read(path: str | os.PathLike) -> Any:
