@@ -141,7 +141,7 @@ def merge(model: nn.Module) -> None:
     """
     model, layers = _adapted(model)
     for name, layer in layers.items():  # all are checked before any is changed
-        _require_finite(f"the merged weight of layer '{name}'", *layer.merged())
+        _require_mergeable(name, layer)
     for name, layer in layers.items():
         _replace(model, name, _fold(layer))
     _forget(model)
@@ -448,6 +448,8 @@ def _check_layer(name: str, layer: nn.Module) -> None:
     """Raise for a layer whose output is not W x + b with a weight that can be scaled."""
     kind = type(layer).__name__
     if not isinstance(layer, _KNOWN) and not _is_conv1d_of_transformers(layer):
+        if kind in [known.__name__ for known in _KNOWN]:  # another's class of the same name
+            kind = f"{type(layer).__module__}.{kind}"
         raise TypeError(
             f"layer '{name}' is a {kind}; SAN adapts Linear, Conv1d, Conv2d and Conv3d, their "
             "subclasses, and transformers' Conv1D"
@@ -669,6 +671,16 @@ def _layers(model: nn.Module) -> dict[str, SANLayer]:
         if not isinstance(layer, SANLayer):
             raise ValueError(f"the linked layer '{name}' was taken out of the model after attach")
     return layers
+
+
+def _require_mergeable(name: str, layer: SANLayer) -> None:
+    kind, weight = type(layer.layer).__name__, layer.layer._parameters.get("weight")
+    if weight is None or layer.layer.weight is not weight:
+        raise ValueError(
+            f"inside of layer '{name}' there is now a {kind} that computes its weight itself, as "
+            "LoRA does; merge that first, so that the plain layer is there again"
+        )
+    _require_finite(f"the merged weight of layer '{name}'", *layer.merged())
 
 
 def _require_values(name: str, tensor: Tensor) -> None:
