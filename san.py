@@ -191,7 +191,8 @@ def _fold(layer: SANLayer) -> nn.Module:
         if hasattr(old, "full_tensor"):  # FSDP2 holds on to the parameter, so it stays
             from torch.distributed.tensor import distribute_tensor
 
-            old.data.copy_(distribute_tensor(new, old.device_mesh, old.placements))
+            new = distribute_tensor(new.detach(), old.device_mesh, old.placements)
+            old.data.copy_(new)
         elif new is not None:
             layer.layer._parameters[name] = nn.Parameter(new.detach(), requires_grad=False)
     return layer.layer
@@ -256,8 +257,20 @@ def _ones(layer: nn.Module) -> Tensor:
 
 
 def _whole(tensor: Tensor | None) -> Tensor | None:
-    """What FSDP2 has sharded, gathered; any other tensor as it is."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    """What FSDP2 has sharded, gathered; any other tensor as it is.
+
+    FSDP2 gathers a γ for its own block alone, so that a posterior in another block does it here.
+    The gradient is FSDP2's: the mean over processes.
+    """
+    if not hasattr(tensor, "full_tensor"):
+        return tensor
+    from torch.distributed.tensor import Partial
+
+    mesh = tensor.device_mesh
+    whole = tensor.full_tensor(grad_placements=[Partial()] * mesh.ndim)  # summed over processes
+    if whole.requires_grad:
+        whole.register_hook(lambda gradient: gradient / mesh.size())
+    return whole
 
 
 def _mark_used(layer: SANLayer) -> SANLayer:
@@ -314,10 +327,12 @@ class _OneBuffer(torch.autograd.Function):
         gamma_gradient = product.sum_to_size(gamma.shape)
         if not ctx.needs_input_grad[0]:
             return None, gamma_gradient, beta_gradient
-        if torch.is_grad_enabled():  # a gradient of this gradient will be asked for
-            return (g * gamma).to(x.dtype), gamma_gradient, beta_gradient
         gamma_gradient = gamma_gradient.clone()  # it may be the product itself
-        return torch.mul(g, gamma, out=product).to(x.dtype), gamma_gradient, beta_gradient
+        try:
+            x_gradient = torch.mul(g, gamma, out=product)
+        except RuntimeError:  # vmap, and a gradient of this gradient, know no `out`
+            x_gradient = g * gamma
+        return x_gradient.to(x.dtype), gamma_gradient, beta_gradient
 
     @staticmethod
     def jvp(ctx: Any, dx: Tensor, dgamma: Tensor, dbeta: Tensor | None) -> Tensor:
