@@ -161,7 +161,8 @@ def detach(model: nn.Module) -> None:
 
 
 # ==================================================================================================
-# The method ends here. Below: the product, what is refused, what is remembered, files, a summary.
+# The method ends here. Below: what its steps call, the faster product, what is refused, what is
+# remembered, files, a summary.
 # ==================================================================================================
 
 
@@ -184,6 +185,7 @@ def _wire(model: nn.Module, links: list[Link], settings: dict[str, bool]) -> Non
     model.register_forward_hook(_look_at_first_forward)
 
 
+@torch.no_grad()
 def _fold(layer: SANLayer) -> nn.Module:
     """The layer itself, with its merged weight and bias."""
     for name, new in zip(("weight", "bias"), layer.merged()):
@@ -191,10 +193,9 @@ def _fold(layer: SANLayer) -> nn.Module:
         if hasattr(old, "full_tensor"):  # FSDP2 holds on to the parameter, so it stays
             from torch.distributed.tensor import distribute_tensor
 
-            new = distribute_tensor(new.detach(), old.device_mesh, old.placements)
-            old.data.copy_(new)
+            old.data.copy_(distribute_tensor(new, old.device_mesh, old.placements))
         elif new is not None:
-            layer.layer._parameters[name] = nn.Parameter(new.detach(), requires_grad=False)
+            layer.layer._parameters[name] = nn.Parameter(new, requires_grad=False)
     return layer.layer
 
 
@@ -572,7 +573,7 @@ def _check_index(link: Link, names: list[str], modules: dict[str, nn.Module]) ->
     return torch.tensor(numbers, device=modules[layer].weight.device)
 
 
-# ---------------------------------------------------------------- its others; what is remembered
+# --------------------------------------------------- attach's other steps; what is remembered
 
 
 @dataclass
@@ -688,6 +689,7 @@ def _layers(model: nn.Module) -> dict[str, SANLayer]:
     return layers
 
 
+@torch.no_grad()
 def _require_mergeable(name: str, layer: SANLayer) -> None:
     kind, weight = type(layer.layer).__name__, layer.layer._parameters.get("weight")
     if weight is None or layer.layer.weight is not weight:
