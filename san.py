@@ -294,7 +294,8 @@ def _affine(gamma: Tensor | None, x: Tensor, beta: Tensor | None, places: int) -
     gamma, beta = (v if v is None else v.to(x.device).view(shape) for v in (gamma, beta))
     if gamma is None:
         return (x + beta).to(x.dtype)
-    if torch.compiler.is_compiling():  # it fuses this by itself
+    # compile fuses this by itself; of forward-mode derivatives, which may be nested, autograd knows
+    if torch.compiler.is_compiling() or torch.autograd.forward_ad._current_level >= 0:
         return (gamma * x if beta is None else gamma * x + beta).to(x.dtype)
     return _OneBuffer.apply(x, gamma, beta)
 
@@ -316,7 +317,6 @@ class _OneBuffer(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
         x, gamma, beta = inputs
         ctx.save_for_backward(x, gamma)
-        ctx.save_for_forward(x, gamma)
         ctx.shift = beta is not None
 
     @staticmethod
@@ -334,12 +334,6 @@ class _OneBuffer(torch.autograd.Function):
         except RuntimeError:  # vmap, and a gradient of this gradient, know no `out`
             x_gradient = g * gamma
         return x_gradient.to(x.dtype), gamma_gradient, beta_gradient
-
-    @staticmethod
-    def jvp(ctx: Any, dx: Tensor, dgamma: Tensor, dbeta: Tensor | None) -> Tensor:
-        x, gamma = ctx.saved_tensors
-        moved = dx * gamma + x * dgamma
-        return (moved if dbeta is None else moved + dbeta).to(x.dtype)
 
 
 # -------------------------------------------------------------------- names, seen through wrappers
