@@ -635,11 +635,11 @@ def _freeze(model: nn.Module, trainable: list[str]) -> None:
 
 def _look_at_first_forward(model: nn.Module, *_: Any) -> None:
     """Warn of linked layers that took no part in it, and of γ in half precision."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or model._san.disabled:
         return
     _drop_hook(model)
     layers = _layers(model)
-    if unused := [name for name, layer in layers.items() if not layer.used]:
+    if unused := _unused(model, layers):
         warnings.warn(
             f"the model ran without its linked layers {', '.join(unused)}, so that their γ is not "
             "trained; unlink what the model does not use",
@@ -652,6 +652,13 @@ def _look_at_first_forward(model: nn.Module, *_: Any) -> None:
             "its type before attach, which keeps γ in float32",
             stacklevel=2,
         )
+
+
+def _unused(model: nn.Module, layers: dict[str, SANLayer]) -> list[str]:
+    """The layers that say they were not used; inside of what is compiled they say nothing."""
+    compiled = [m for m in model.modules() if "_orig_mod" in m._modules or m._compiled_call_impl]
+    silent = {layer for module in compiled for layer in module.modules()}
+    return [name for name, layer in layers.items() if not layer.used and layer not in silent]
 
 
 def _drop_hook(model: nn.Module) -> None:
