@@ -450,6 +450,13 @@ def _check(
                     f"'{key}' is tied and {tensors[key].dtype}, too coarse to train in; make the "
                     "model float32, or leave it frozen"
                 )
+            parent, _, name = key.rpartition(".")
+            parametrized = name in getattr(modules[parent], "parametrizations", ())
+            if parametrized and _wide(tensors[key]).dtype != tensors[key].dtype:
+                raise ValueError(
+                    f"'{key}' is parametrized and {tensors[key].dtype}, too coarse to train in; "
+                    "make the model float32, or leave it frozen"
+                )
         keys += own
     return model, links, keys
 
