@@ -1,22 +1,31 @@
-"""What a SAN step costs: ratios of step times, measured in turn in one process.
+"""What a step costs, method by method: ratios of step times, measured in turn in one process.
 
-    python -m lab.bench                 # a ViT, then a LLaMA, each as wide as a real one
-    python -m lab.bench --model llama   # one of them
-    python -m lab.bench --full-size     # ViT-B/16 at 224 px: images/s, FLOP/s, memory, as a table
+    python -m lab.bench                          # a ViT, a ConvNeXt and a LLaMA, a table of each
+    python -m lab.bench --compile --methods san  # with torch.compile beside; full and limit as well
+    python -m lab.bench --full-size              # ViT-B/16 at 224 px: images/s, FLOP/s, memory
 
-vit: ViT-B/16's width and 224 px. llama: 1024 channels and 128 tokens, LoRA and DoRA of rank 32 on
-the layers of methods.LOW_RANK, as in the papers' language results.
 Speed is a ratio here, since machines differ and drift: every round times one step of each method
-in turn, and the median over rounds of the ratio to full fine-tuning is what is printed. The
-merged model is timed against the base model in the same way.
+in turn, and what is printed is the median over rounds of the ratio within a round. The merged
+model's forward is timed against the base model's in the same way.
+
+limit: forward, and the gradient by what the model's first layer gives, no parameter's. Whatever
+trains something in every layer computes these two. The first layer is a patch embedding, a stem or
+an embedding; the gradient by the pixels before it nobody needs, and by a token there is none.
+
+vit: ViT-B/16's width; convnext: ConvNeXt-T's widths; both at 224 px. llama: 1024 channels and 128
+tokens. LoRA acts on the linked layers at rank 8, in a LLaMA on methods.LOW_RANK at rank 32, as in
+the papers' language results. DoRA and PEFT's LoRA act on the linear ones of these, PEFT's IA³ on
+all linked linear layers.
 --full-size goes through train_vision's training loop and data path, with pictures of CIFAR's
 size.
 """
 
 import argparse
 import copy
+import importlib.util
 import statistics
 import time
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +36,7 @@ import models
 from lab import batches, loop, methods, tables
 
 
-def seconds(function, device: torch.device) -> float:
+def seconds(function: Callable[[], None], device: torch.device) -> float:
     """Wall time of one call, with the device's queue empty before and after."""
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     wait()
@@ -37,18 +46,35 @@ def seconds(function, device: torch.device) -> float:
     return time.perf_counter() - started
 
 
-def in_turn(functions: dict, device: torch.device, rounds: int, against: str) -> dict[str, float]:
-    """name → median over rounds of its time divided by that of `against` in the same round."""
+def in_turn(
+    functions: dict[str, Callable[[], None]], device: torch.device, rounds: int
+) -> Callable[[str, str], float]:
+    """Time one call of each function, `rounds` times over.
+
+    What is returned is ratio(name, against): the median over rounds of one's time divided by
+    another's in the same round.
+    """
     for function in functions.values():
-        function()  # a first call allocates
+        function()  # a first call allocates, or compiles
     times = [{name: seconds(f, device) for name, f in functions.items()} for _ in range(rounds)]
-    return {name: statistics.median(t[name] / t[against] for t in times) for name in functions}
+    return lambda name, against: statistics.median(t[name] / t[against] for t in times)
+
+
+# ------------------------------------------------------------------------------ methods in a table
 
 
 def vit(depth: int, batch: int) -> tuple[nn.Module, Tensor, Tensor]:
     """A model, its inputs and their labels."""
     model = models.ViT(100, 224, patch=16, dim=768, depth=depth, heads=12)
     return model, torch.randn(batch, 3, 224, 224), torch.randint(100, (batch,))
+
+
+def convnext(depth: int, batch: int) -> tuple[nn.Module, Tensor, Tensor]:
+    """The same of a ConvNeXt with `depth` blocks in its third stage and one in each other."""
+    depths, dims = (1, 1, depth, 1), (96, 192, 384, 768)
+    images = torch.randn(batch, 3, 224, 224).contiguous(memory_format=torch.channels_last)
+    model = models.ConvNeXt(100, 224, depths, dims, drop_path=0.0)
+    return model, images, torch.randint(100, (batch,))
 
 
 def llama(depth: int, batch: int) -> tuple[nn.Module, Tensor, Tensor]:
@@ -58,53 +84,140 @@ def llama(depth: int, batch: int) -> tuple[nn.Module, Tensor, Tensor]:
     return models.LLaMA(1000, **size), tokens[:, :-1], tokens[:, 1:]
 
 
-# name: what builds it, the rank of LoRA and DoRA, and the methods to time
-MODELS = {
-    "vit": (vit, 8, ("linear", "full", "lora", "ssf", "san")),
-    "llama": (llama, 32, ("full", "lora", "dora", "ssf", "san", "san+lora")),
-}
+# name: what builds it, and the rank of LoRA and DoRA
+MODELS = {"vit": (vit, 8), "convnext": (convnext, 8), "llama": (llama, 32)}
+PEFT = ("PEFT's LoRA", "PEFT's IA³")
+METHODS = ("limit", "full", "linear", "ssf", "san", "lora", "dora", *PEFT, "san+lora")
 
 # the training scripts' flags as they are by default, for one epoch
 OPTIONS = dict(wiring="san", mode="both", norms=True, gamma_std=0.0, seed=0, resume=False)
 OPTIONS |= dict(epochs=1, lr=1e-3, weight_decay=0.0, warmup_epochs=0.1)
 
 
-def report(name: str, args: argparse.Namespace, device: torch.device) -> None:
-    """Print the ratios of one model."""
-    torch.manual_seed(0)
-    build, rank, methods = MODELS[name]
-    options = argparse.Namespace(**OPTIONS, shift=name == "vit", rank=rank)
-    base, inputs, labels = (x.to(device) for x in build(args.depth, args.batch_size))
+def adapt(model: nn.Module, method: str, options: argparse.Namespace) -> None:
+    """As methods.adapt, also for PEFT's methods, and for DoRA on the linear layers of a ViT."""
+    if method not in ("dora", *PEFT):
+        return methods.adapt(model, method, options)
+    model.requires_grad_(False)
+    is_llama = isinstance(model, models.LLaMA)
+    linked = [link.layer for link in model.links()]
+    linear = [name for name in linked if isinstance(model.get_submodule(name), nn.Linear)]
+    low_rank = [name for name in linear if not is_llama or name.endswith(methods.LOW_RANK)]
+    if method == "dora":
+        for name in low_rank:
+            layer = model.get_submodule(name)
+            model.set_submodule(name, methods.DoRALayer(layer, options.rank, alpha=options.rank))
+    else:
+        import peft
 
-    def stepper(method: str):
-        model = copy.deepcopy(base)
-        methods.adapt(model, method, options)
-        parameters = [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(parameters, lr=1e-3, fused=True)
+        last = [name for name in linear if name.endswith(("fc2", "pwconv2", "down_proj"))]
+        config = {
+            "PEFT's LoRA": lambda: peft.LoraConfig(
+                r=options.rank, lora_alpha=options.rank, target_modules=low_rank
+            ),
+            # it scales what the last layer of an MLP reads, and what every other one gives
+            "PEFT's IA³": lambda: peft.IA3Config(target_modules=linear, feedforward_modules=last),
+        }[method]()
+        peft.inject_adapter_in_model(config, model)
+    if not is_llama:  # a new head is trained by every method
+        model.head.requires_grad_(True)
 
-        def step() -> None:
-            with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
-                logits = model(inputs).flatten(0, -2)  # one row per picture or token
-                loss = F.cross_entropy(logits, labels.flatten())
-            optimizer.zero_grad()
-            loss.backward()
+
+def prepared(
+    base: nn.Module, method: str, inputs: Tensor, options: argparse.Namespace
+) -> tuple[nn.Module, Callable[[], Tensor]]:
+    """A copy of the base made ready for a method, and what gives the inputs of a step."""
+    model = copy.deepcopy(base)
+    if method != "limit":
+        adapt(model, method, options)
+        return model, lambda: inputs
+    model.requires_grad_(False)
+    name = next(name for name, m in model.named_modules() if name and not any(m.children()))
+    first = model.get_submodule(name)
+    model.set_submodule(name, nn.Identity())
+    return model, lambda: first(inputs).requires_grad_()
+
+
+def stepper(
+    model: nn.Module, forward: Callable, read: Callable[[], Tensor], labels: Tensor, amp: bool
+) -> Callable[[], None]:
+    """A training step: forward (the model, or compiled), loss, backward and, if it trains, AdamW.
+
+    read(): the inputs; labels: one class per row of the logits.
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-3, fused=True) if parameters else None
+
+    def step() -> None:
+        with torch.autocast(labels.device.type, torch.bfloat16, enabled=amp):
+            logits = forward(read()).flatten(0, -2)  # one row a picture or token
+            loss = F.cross_entropy(logits, labels.flatten())
+        model.zero_grad()
+        loss.backward()
+        if optimizer:
             optimizer.step()
 
-        return step
+    return step
 
+
+def compiles(method: str, step: Callable[[], None]) -> bool:
+    """Take a compiled step; say so where torch cannot compile the model as one graph."""
+    try:
+        step()
+    except torch._dynamo.exc.TorchDynamoException as error:
+        print(f"{method} is not compiled: {str(error).splitlines()[0]}")
+        return False
+    return True
+
+
+def compare(name: str, args: argparse.Namespace, device: torch.device) -> None:
+    """Print the table of one model, a row for each method, and what its merged model costs."""
+    torch.manual_seed(0)
+    build, rank = MODELS[name]
+    options = argparse.Namespace(**OPTIONS, shift=name != "llama", rank=rank)
+    base, inputs, labels = (x.to(device) for x in build(args.depth, args.batch_size))
+    # torch would give up on a class of which it has compiled a few models
+    torch.compiler.reset()
+    torch._dynamo.config.cache_size_limit = len(METHODS)
+    rows = [m for m in METHODS if m in ("limit", "full", *args.methods)]
+    rows = [m for m in rows if m != "san+lora" or name == "llama"]
+    steps = {}
+    for method in rows:
+        if (method, name) == ("dora", "convnext"):  # a linear layer's, and these are convolutions
+            continue
+        model, read = prepared(base, method, inputs, options)
+        steps[method] = stepper(model, model, read, labels, args.amp)
+        if args.compile:
+            forward = torch.compile(model, fullgraph=True, dynamic=False)
+            step = stepper(model, forward, read, labels, args.amp)
+            if compiles(method, step):
+                steps[f"{method}, compiled"] = step
+    ratio = in_turn(steps, device, args.rounds)
+
+    def cell(method: str, against: str) -> str:
+        return f"{ratio(method, against):.2f}" if method in steps and against in steps else "—"
+
+    columns = [("step, × full", "", "full"), ("× limit", "", "limit")]
+    if args.compile:
+        columns += [("compiled, × full", ", compiled", "full")]
+        columns += [("compiled, × compiled limit", ", compiled", "limit, compiled")]
+    print(f"{name}: {args.depth} blocks, batch {args.batch_size}, {device}\n")
+    print(
+        tables.markdown(
+            [
+                {"method": m} | {head: cell(m + kind, other) for head, kind, other in columns}
+                for m in rows
+            ]
+        )
+    )
     merged = copy.deepcopy(base)
     methods.adapt(merged, "san", options)
     methods.fold(merged)
     assert methods.count(merged)[1] == methods.count(base)[1]
-
-    print(f"{name}: {args.depth} blocks, batch {args.batch_size}, {device}")
-    steps = in_turn({m: stepper(m) for m in methods}, device, args.rounds, "full")
-    for method, ratio in steps.items():
-        print(f"step, {method:<9}{ratio:5.2f} × full   {ratio / steps['lora']:5.2f} × lora")
     with torch.no_grad():
         forwards = {"base": lambda: base(inputs), "merged": lambda: merged(inputs)}
-        ratio = in_turn(forwards, device, 3 * args.rounds, "base")["merged"]
-    print(f"forward, merged {ratio:5.2f} × base, with as many parameters")
+        ratio = in_turn(forwards, device, 3 * args.rounds)("merged", "base")
+    print(f"forward, merged {ratio:5.2f} × base, with as many parameters\n")
 
 
 # ------------------------------------------------------------------------------- ViT-B/16 at 224
@@ -129,8 +242,8 @@ def full_size(args: argparse.Namespace, device: torch.device) -> None:
     print(
         f"{name}, {torch.get_num_threads()} CPU threads, {most / 1e12:.3f} TFLOP/s in one product"
     )
-    methods = ("linear", "full", "lora", "ssf", "san")
-    figures = {m: one_method(m, pictures, options, args.rounds) for m in methods}
+    timed = ("linear", "full", "lora", "ssf", "san")
+    figures = {m: one_method(m, pictures, options, args.rounds) for m in timed}
     rows = [
         {
             "method": method,
@@ -200,24 +313,27 @@ def main() -> None:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = p.add_argument
     add("--model", nargs="+", default=list(MODELS), choices=MODELS)
+    add("--methods", nargs="+", default=METHODS, choices=METHODS, help="beside limit and full")
+    add("--compile", action="store_true", help="time torch.compile's steps as well")
     add("--full-size", action="store_true", help="ViT-B/16 at 224 px in place of --model")
-    add("--depth", type=int, default=4, help="blocks; ViT-B/16 has 12")
-    add("--batch-size", type=int, default=8)
-    add("--rounds", type=int, default=15)
-    add("--steps", type=int, default=50, help="of --full-size, a round")
+    add("--depth", type=loop.positive, default=4, help="blocks; of a ConvNeXt its third stage's")
+    add("--batch-size", type=loop.positive, default=4)
+    add("--rounds", type=loop.positive, default=7)
+    add("--steps", type=loop.positive, default=50, help="of --full-size, a round")
     add("--device", default="auto")
     add("--amp", action="store_true", help="bfloat16 autocast")
     args = p.parse_args()
-    if min(args.depth, args.batch_size, args.rounds, args.steps) < 1:
-        p.error("--depth, --batch-size, --rounds and --steps must be above 0")
     try:
         device = loop.pick_device(args.device)
     except ValueError as error:
         p.error(str(error))
     if args.full_size:
         return full_size(args, device)
+    if not importlib.util.find_spec("peft"):
+        args.methods = [method for method in args.methods if method not in PEFT]
+        print("PEFT's LoRA and IA³ are left out; to have them: pip install peft\n")
     for name in args.model:
-        report(name, args, device)
+        compare(name, args, device)
 
 
 if __name__ == "__main__":
