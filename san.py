@@ -618,11 +618,11 @@ class _Rounded(nn.Module):
     """A parametrization: a float32 weight, rounded where it is used."""
 
     def __init__(self, dtype: torch.dtype):
-        super().__init__()
-        self.dtype = dtype
+        super().__init__()  # in a buffer, the type follows model.float()
+        self.register_buffer("as_of", torch.empty(0, dtype=dtype), persistent=False)
 
     def forward(self, weight: Tensor) -> Tensor:
-        return weight.to(self.dtype)
+        return weight.to(self.as_of.dtype)
 
 
 def _freeze(model: nn.Module, trainable: list[str]) -> None:
@@ -756,6 +756,8 @@ def _put_base_layers(model: nn.Module) -> None:
     for _, parent, name, child in model._san.children:
         if (now := parent._modules.get(name)) is None or _unwrapped(now) is not _unwrapped(child):
             parent._modules[name] = child
+            if not isinstance(now, SANLayer) and child.training != parent.training:
+                child.train(parent.training)  # model.eval() did not reach it
 
 
 @torch.no_grad()
@@ -780,7 +782,9 @@ def _forget(model: nn.Module) -> None:
     for module in [*model.modules()]:
         for name, chain in [*getattr(module, "parametrizations", {}).items()]:
             if isinstance(chain[0], _Rounded):
-                value = getattr(module, name).detach()
+                value, kind = getattr(module, name).detach(), type(module)
+                # deep copies share the class that torch made, and would lose the weight with it
+                module.__class__ = type(kind.__name__, kind.__bases__, dict(vars(kind)))
                 parametrize.remove_parametrizations(module, name, leave_parametrized=False)
                 module._parameters[name] = nn.Parameter(value)
     _drop_hook(model)

@@ -160,11 +160,18 @@ def call(module: nn.Module, x: Tensor, per_place: bool) -> Tensor:
     return module(x.contiguous())
 
 
+class Head(nn.Linear):
+    """With dropout, in which the mode shows that the head is in."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.dropout(super().forward(x), training=self.training)
+
+
 class Network(nn.Module):
     def __init__(self, blocks: list[Block]):
         super().__init__()
         self.blocks = nn.Sequential(*blocks)
-        self.head = nn.Linear(blocks[-1].outputs, 2)
+        self.head = Head(blocks[-1].outputs, 2)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.blocks(x).unsqueeze(-1).flatten(2).mean(2))
@@ -205,10 +212,10 @@ def drawn_inputs(plan: Plan) -> Tensor:
 @torch.enable_grad()
 def train(model: Network, x: Tensor, plan: Plan) -> None:
     """Two steps, in which BatchNorm's statistics move too; then γ takes its extreme values."""
-    if plan.head == "new":
-        model.head = nn.Linear(model.head.in_features, 3, dtype=plan.dtype)
-    parameters = [p for p in model.parameters() if p.requires_grad]
     model.train()
+    if plan.head == "new":
+        model.head = Head(model.head.in_features, 3, dtype=plan.dtype)
+    parameters = [p for p in model.parameters() if p.requires_grad]
     for _ in range(2):
         loss = (model(x) - 1).square().mean()
         gradients = torch.autograd.grad(loss, parameters) if parameters else []
@@ -327,7 +334,7 @@ def file(tmp_path_factory):
 
 
 @torch.no_grad()
-@examples(440)
+@examples(360)
 @hypothesis.example(plan=Plan([BlockPlan()], dtype=torch.bfloat16, head="new"))
 @hypothesis.example(plan=Plan([BlockPlan(norm="layer")], dtype=torch.bfloat16, norms="weights"))
 @hypothesis.given(plan=PLANS)
@@ -367,8 +374,51 @@ def test_an_adapter_is_exact_from_attach_to_detach(file, plan):
     same(model(x), expected)
 
 
+OPERATIONS = ["train", "disable", "copy", "load", "merge a copy", "widen a copy", "attach anew"]
+
+
 @torch.no_grad()
-@examples(60)
+@examples(100)
+@hypothesis.given(plan=PLANS, operations=st.lists(st.sampled_from(OPERATIONS), max_size=6))
+def test_the_order_of_operations_does_not_matter(file, plan, operations):
+    x, (model, links) = drawn_inputs(plan), build(plan)
+    base, expected = copy.deepcopy(model), model(x)
+    attach_as_planned(model, links, plan)
+    for operation in operations:
+        if operation == "train":
+            train(model, x, plan)
+        elif operation == "disable":
+            with unchanged(model), disabled(model):
+                same(model(x), expected)
+        elif operation == "copy":
+            original, model = model, copy.deepcopy(model)
+            same(model(x), original(x))
+        elif operation == "load":
+            save_adapter(model, file)
+            original, (model, _) = model, build(plan)
+            load_adapter(model, file)
+            same(model(x), original(x))
+        elif operation == "merge a copy":
+            with unchanged(model):
+                output = model(x)
+                merge(copy.deepcopy(model))
+                same(model(x), output)
+        elif operation == "widen a copy":
+            wide = copy.deepcopy(model).double()
+            merge(wide)
+            assert {value.dtype for value in [*wide.parameters(), wide(x.double())]} == {
+                x.double().dtype
+            }
+        else:
+            detach(model)
+            attach_as_planned(model, links, plan)
+    detach(model)
+    assert structure(model) == structure(base)
+    same(model(x), expected)
+
+
+@torch.no_grad()
+@examples(40)
 @hypothesis.given(PLANS, st.sampled_from([0.3, 0.8]))
 def test_a_merge_that_is_not_finite_is_refused_and_changes_nothing(plan, share):
     """γ = largest^share, so that γ γ' is too large for the type where share is more than a half."""

@@ -585,6 +585,40 @@ def test_attaching_twice_is_refused_and_keeps_the_first():
         attach(model, LINKS)
 
 
+def test_a_parametrized_weight_in_half_precision_is_not_trained():
+    head = nn.utils.parametrizations.spectral_norm(nn.Linear(8, 3))
+    model = nn.Sequential(OrderedDict(fc1=nn.Linear(6, 8), head=head)).bfloat16()
+    with unchanged(model), pytest.raises(ValueError, match="'head.weight' is parametrized and .*"):
+        attach(model, [Link("fc1")], trainable=["head"])
+
+
+def test_what_trains_in_a_half_precision_model_follows_it_to_a_wider_type():
+    model = adapted_mlp(torch.bfloat16)
+    model.float()
+    trained(model, seed=3)
+    before = model(torch.ones(2, 6))
+    merge(model)
+    assert model.norm.weight.dtype == torch.float32
+    assert difference(model(torch.ones(2, 6)), before) < 1e-5
+
+
+@pytest.mark.parametrize("end", [merge, detach])
+def test_the_end_of_a_deep_copy_leaves_the_original_whole_in_half_precision(end):
+    model, x = adapted_mlp(torch.bfloat16), torch.ones(2, 6).bfloat16()
+    before = model(x)
+    end(copy.deepcopy(model))
+    assert torch.equal(model(x), before)
+
+
+def test_a_module_of_the_base_comes_back_in_the_models_mode():
+    model = mlp()
+    model.head = nn.Sequential(nn.Dropout(), model.head)
+    attach(model.train(), LINKS)
+    model.head = nn.Linear(8, 3).double()
+    detach(model.eval())
+    assert not any(module.training for module in model.modules())
+
+
 def test_san_is_one_file_that_needs_torch_alone(tmp_path):
     source, imported = Path(san.__file__).read_text(), set()
     for node in ast.walk(ast.parse(source)):
