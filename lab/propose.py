@@ -85,7 +85,7 @@ def propose(
 
     `model` stays as it was. Takes the memory of a float64 copy and of all outputs within it.
     Warns of layers left out: never called, tied, or of another kind. Raises ValueError if `skip`
-    names nothing, if values are not finite, or if no layer is left.
+    names nothing, if values are not finite or decide what is called, or if no layer is left.
     """
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         probe = _Probe(copy.deepcopy(model).double().eval(), example, redraw)
@@ -178,7 +178,7 @@ def _float64(x: Any) -> Any:
     return type(x)(map(_float64, x)) if isinstance(x, (list, tuple)) else x
 
 
-class _Enough(Exception):
+class _Enough(BaseException):  # no Exception, which a model may catch
     """Ends a pass: the last layer in question has its input."""
 
 
@@ -270,7 +270,7 @@ class _Probe:
         self.inputs.setdefault(name, []).append(x.clone())
 
     def _answer(self, name: str, number: int, z: Tensor) -> Tensor:
-        """A layer's output, …×C: of mean 0 and variance 1, or noise ⊙ factors where it is bent."""
+        """A layer's output, …×C: noise ⊙ factors where it is bent, else of mean 0 and size 1."""
         if name == self.bent:
             if number not in self.noise:
                 signs = self._normal(z.shape[-1:]).sign()
@@ -302,12 +302,15 @@ class _Probe:
         if layer != self.bent:
             self.bent, self.start, self.noise = layer, self.calls[layer][0], {}
         self.watch, self.last = watch, max(self.calls[name][-1] for name in watch)
-        signs = []
-        for self.factors in (factors, -factors):
+        halves = []
+        for sign in (1, -1):
+            self.factors = sign * factors
             self._pass()
-            signs.append(self.inputs)
-        plus, minus = signs
-        return {b: [torch.cat(xs) for xs in zip(plus[b], minus[b])] for b in plus}
+            for b in watch:
+                if len(self.inputs.get(b, ())) != len(self.calls[b]):
+                    raise ValueError(f"whether '{b}' is called hangs on values; give it to `skip`")
+            halves.append(self.inputs)
+        return {b: [torch.cat(xs) for xs in zip(halves[0][b], halves[1][b])] for b in watch}
 
     def channels(self, layer: str) -> int:
         return self.shapes[layer][self.axis[layer]]

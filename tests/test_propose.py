@@ -172,7 +172,7 @@ def test_timms_convnext():
 def test_torchvisions_swin_never_calls_its_attention_layers_and_they_are_left_out():
     swin = pytest.importorskip("torchvision").models.SwinTransformer
     model = swin([4, 4], 24, [2, 2], [2, 4], [4, 4], num_classes=5)
-    with pytest.warns(UserWarning, match=r"never called .*features.1.0.attn.qkv, and 7 more"):
+    with pytest.warns(UserWarning, match=r"never called.*features.1.0.attn.qkv, and 7 more"):
         links, exact = found(model, noise(1, 3, 32, 32))
     assert [layer for layer, *_ in links] == [
         "features.0.0",
@@ -465,6 +465,18 @@ def test_a_model_that_takes_no_random_parameters_keeps_its_own():
     with pytest.raises(ValueError, match="'b' is not finite.*redraw=False"):
         propose(model, noise(1, 6, 24))
     assert found(model, redraw=False) == ([("a", None, None), ("b", "a", None)], ["b"])
+
+
+def test_a_layer_that_values_call_or_not_is_named():
+    def forward(net, x):
+        x = net.a(x)
+        return net.head(net.b(x) if x.sum() > 0 else net.c(x))
+
+    layers = dict(a=nn.Linear(24, 32), b=nn.Linear(32, 32), c=nn.Linear(32, 32))
+    model = Net(forward, **layers, head=nn.Linear(32, 3))
+    with pytest.warns(UserWarning, match="left out"):  # the example calls one of the two
+        with pytest.raises(ValueError, match="whether '[bc]' is called hangs on values"):
+            propose(model, noise(1, 6, 24))
 
 
 # ------------------------------------------------------------------------------------ in writing
