@@ -191,9 +191,7 @@ def _fold(layer: SANLayer) -> nn.Module:
     for name, new in zip(("weight", "bias"), layer.merged()):
         old = getattr(layer.layer, name)
         if hasattr(old, "full_tensor"):  # FSDP2 holds on to the parameter, so it stays
-            from torch.distributed.tensor import distribute_tensor
-
-            old.data.copy_(distribute_tensor(new, old.device_mesh, old.placements))
+            _write(old, new)
         elif new is not None:
             layer.layer._parameters[name] = nn.Parameter(new, requires_grad=False)
     return layer.layer
@@ -272,6 +270,22 @@ def _whole(tensor: Tensor | None) -> Tensor | None:
     if whole.requires_grad:
         whole.register_hook(lambda gradient: gradient / mesh.size())
     return whole
+
+
+def _write(tensor: Tensor, value: Tensor) -> None:
+    """Into the tensor itself; of one that FSDP2 has sharded, into every process's shard."""
+    if hasattr(tensor, "full_tensor") and not hasattr(value, "full_tensor"):
+        from torch.distributed.tensor import distribute_tensor
+
+        value = distribute_tensor(value.to(tensor.dtype), tensor.device_mesh, tensor.placements)
+    tensor.data.copy_(value)  # .data: a backward pass may be under way
+
+
+def _reshard(model: nn.Module) -> None:
+    """What FSDP2 has gathered is a copy, which it throws away with all that is written to it."""
+    for module in model.modules():
+        if hasattr(module, "set_reshard_after_backward"):  # FSDP2 has made it an FSDPModule
+            module.reshard()
 
 
 def _mark_used(layer: SANLayer) -> SANLayer:
@@ -681,6 +695,7 @@ def _adapted(model: nn.Module) -> tuple[nn.Module, dict[str, SANLayer]]:
         raise ValueError("this model has no SAN layers (never attached, or merged or detached)")
     if model._san.disabled:
         raise ValueError("the SAN layers are disabled; do this outside of `disabled`")
+    _reshard(model)
     layers = _layers(model)
     for name, layer in layers.items():
         for part, parameter in layer.named_parameters(recurse=False):
@@ -763,10 +778,11 @@ def _put_base_layers(model: nn.Module) -> None:
 @torch.no_grad()
 def _put(model: nn.Module, values: dict[str, Tensor]) -> None:
     """Write values into parameters and buffers; one of another shape becomes a new parameter."""
+    _reshard(model)
     modules, tensors = _modules(model), _tensors(model)
     for key, value in values.items():
         if tensors[key].shape == value.shape:
-            tensors[key].data.copy_(value)  # .data: a backward pass may be under way
+            _write(tensors[key], value)
             continue
         parent, _, name = key.rpartition(".")
         old, layer = tensors[key], modules[parent]

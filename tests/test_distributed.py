@@ -70,6 +70,8 @@ def work(rank: int, kind: str, folder: Path) -> None:
     san.save_adapter(model, folder / f"{rank}.pt")
     before = model(batch())
     san.merge(model)
+    if kind != "ddp":
+        model.reshard()  # FSDP2 throws away what is not in its shards
     torch.save((before, model(batch())), folder / f"outputs{rank}.pt")
     dist.destroy_process_group()
 
