@@ -71,8 +71,8 @@ ACTIVATIONS = dict(identity=nn.Identity, relu=nn.ReLU, gelu=nn.GELU, silu=nn.SiL
 CONVOLUTIONS = (None, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
-# what becomes of the channels before a layer reads them: of B×C×…, and of their c numbers, where
-# each channel has p places
+# the way from one layer's outputs to the next one's inputs: what it makes of B×C×…, and in which
+# order, or how often, it brings the numbers of c channels with p places each
 ROUTES = {
     "straight": (lambda x: x, lambda c, p: range(c)),
     "slice": (lambda x: x[:, x.shape[1] // 2 :], lambda c, p: range(c // 2, c)),
@@ -82,11 +82,11 @@ ROUTES = {
     "roll": (lambda x: x.roll(1, 1), lambda c, p: [c - 1, *range(c - 1)]),
     "flatten": (lambda x: x.flatten(1), lambda c, p: [i // p for i in range(c * p)]),
 }
-# the first of each list is the simplest
+# the first of each list is the simplest, what stands there twice comes twice as often
 BLOCKS = st.builds(
     BlockPlan,
-    route=st.sampled_from([*ROUTES, "flatten"]),  # again, since it takes places and comes once
-    layer=st.sampled_from(["linear", "convolution", "groups", "depthwise"]),
+    route=st.sampled_from([*ROUTES]),
+    layer=st.sampled_from(["linear", "convolution", "groups", "groups", "depthwise"]),
     outputs=st.sampled_from([2, 3, 4, 6]),
     bias=st.sampled_from([True, True, False]),
     norm=st.sampled_from(["none", "batch", "layer", "group"]),
@@ -98,8 +98,8 @@ BLOCKS = st.builds(
 )
 PLANS = st.builds(
     Plan,
-    blocks=st.lists(BLOCKS, min_size=1, max_size=3),
-    places=st.sampled_from([0, 1, 2, 3]),
+    blocks=st.lists(BLOCKS, min_size=2, max_size=3),
+    places=st.sampled_from([0, 1, 1, 2, 2, 3]),
     dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16]),
     mode=st.sampled_from(["both", "both", "feature", "propagation"]),
     shift=st.booleans(),
@@ -308,10 +308,11 @@ def same(one: Tensor, other: Tensor) -> None:
 
 def structure(model: nn.Module) -> tuple:
     """All of a model but its values."""
-    hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
+    adapted = hasattr(model, "_san")
+    hooks = [] if adapted else [m._forward_hooks for m in model.modules() if m._forward_hooks]
     flags = [(name, p.requires_grad) for name, p in model.named_parameters()]
     modules = [(name, type(m), m.training) for name, m in model.named_modules()]
-    return modules, flags, hooks, hasattr(model, "_san")
+    return adapted, hooks, flags, modules
 
 
 @contextmanager
@@ -406,9 +407,8 @@ def test_the_order_of_operations_does_not_matter(file, plan, operations):
         elif operation == "widen a copy":
             wide = copy.deepcopy(model).double()
             merge(wide)
-            assert {value.dtype for value in [*wide.parameters(), wide(x.double())]} == {
-                x.double().dtype
-            }
+            assert all(parameter.dtype == torch.float64 for parameter in wide.parameters())
+            assert wide(x.double()).dtype == torch.float64
         else:
             detach(model)
             attach_as_planned(model, links, plan)
