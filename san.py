@@ -795,7 +795,9 @@ def _put(model: nn.Module, values: dict[str, Tensor]) -> None:
 
 def _forget(model: nn.Module) -> None:
     """No trace of SAN: what trained in float32 is rounded to its own type, flags are as before."""
-    for module in [*model.modules()]:
+    required_grad = model._san.required_grad
+    place = {key: i for i, key in enumerate(required_grad)}
+    for prefix, module in _modules(model).items():
         for name, chain in [*getattr(module, "parametrizations", {}).items()]:
             if isinstance(chain[0], _Rounded):
                 value, kind = getattr(module, name).detach(), type(module)
@@ -803,8 +805,11 @@ def _forget(model: nn.Module) -> None:
                 module.__class__ = type(kind.__name__, kind.__bases__, dict(vars(kind)))
                 parametrize.remove_parametrizations(module, name, leave_parametrized=False)
                 module._parameters[name] = nn.Parameter(value)
+                own = module._parameters
+                at = {k: place.get(_plain(f"{prefix}.{k}"), len(place)) for k in own}
+                for key in sorted(at, key=at.get):  # an optimizer's state goes by the order
+                    own[key] = own.pop(key)
     _drop_hook(model)
-    required_grad = model._san.required_grad
     del model._san
     for key, tensor in _tensors(model).items():
         if isinstance(tensor, nn.Parameter):
