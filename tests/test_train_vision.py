@@ -503,8 +503,8 @@ def test_an_out_that_cannot_be_written_is_refused_before_training(flags, tmp_pat
 
 
 def test_a_full_disk_leaves_no_half_written_file(flags, tmp_path, monkeypatch, capsys):
-    def full(content, path, **_):
-        Path(path).write_bytes(b"half a fi")
+    def full(content, file, **_):
+        file.write(b"half a fi")
         raise RuntimeError("PytorchStreamWriter failed writing file: no space left on device")
 
     monkeypatch.setattr(torch, "save", full)
