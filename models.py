@@ -188,21 +188,28 @@ class ConvNeXtBlock(nn.Module):
 class ConvNeXt(nn.Module):
     """ConvNeXt (Liu et al. 2022): a stem, then stages of blocks with a halving convolution between.
 
-    depths, dims: one number of blocks and one of channels per stage.
+    depths, dims: one number of blocks and one of channels per stage; patch: the stem's, 4 but for
+    small pictures.
     """
 
     def __init__(
-        self, outputs: int, image_size: int, depths: tuple, dims: tuple, drop_path: float
+        self,
+        outputs: int,
+        image_size: int,
+        depths: tuple,
+        dims: tuple,
+        drop_path: float,
+        patch: int = 4,
     ) -> None:
         super().__init__()
-        smallest = 4 * 2 ** (len(dims) - 1)  # the stem divides a side by 4, each later stage by 2
+        smallest = patch * 2 ** (len(dims) - 1)  # each later stage divides a side by 2
         if image_size < smallest:
             raise ValueError(f"image size {image_size} is too small; take {smallest} or more")
         self.image_size = image_size
         # deeper blocks drop more often; on the CPU, since the default device may be "meta"
         rates = torch.linspace(0, drop_path, sum(depths), device="cpu").tolist()
         self.stem = nn.Sequential(
-            nn.Conv2d(3, dims[0], kernel_size=4, stride=4), LayerNorm2d(dims[0], eps=1e-6)
+            nn.Conv2d(3, dims[0], kernel_size=patch, stride=patch), LayerNorm2d(dims[0], eps=1e-6)
         )
         self.downsample = nn.ModuleList(
             nn.Sequential(LayerNorm2d(a, eps=1e-6), nn.Conv2d(a, b, kernel_size=2, stride=2))
@@ -219,7 +226,7 @@ class ConvNeXt(nn.Module):
     def features(self, images: Tensor) -> Tensor:
         """Normalised pixels, B×3×H×W → the last norm of the average over places, B×C."""
         # channels-last, since the norms and pointwise layers want it: about 1.5 times as fast
-        x = self.stem(images.contiguous(memory_format=torch.channels_last))  # B C H/4 W/4
+        x = self.stem(images.contiguous(memory_format=torch.channels_last))  # B C H/p W/p
         for i, stage in enumerate(self.stages):
             x = stage(self.downsample[i - 1](x) if i else x)
         return self.norm(x.mean((2, 3)))
@@ -727,11 +734,17 @@ LLAMA_MICRO = dict(dim=128, depth=4, heads=4, kv_heads=2, hidden=384, context=20
 # name: class, image size it is made for, and its config, the class's other arguments
 SIZES = {
     "vit_micro": (ViT, 32, dict(patch=4, dim=96, depth=4, heads=3)),
+    "vit_mini": (ViT, 32, dict(patch=4, dim=128, depth=6, heads=4)),
     "vit_tiny": (ViT, 224, dict(patch=16, dim=192, depth=12, heads=3)),
     "vit_s16": (ViT, 224, dict(patch=16, dim=384, depth=12, heads=6)),
     "vit_b16": (ViT, 224, dict(patch=16, dim=768, depth=12, heads=12)),
     "vit_l16": (ViT, 224, dict(patch=16, dim=1024, depth=24, heads=16)),
     "convnext_micro": (ConvNeXt, 32, dict(depths=(2, 2, 2), dims=(40, 80, 160), drop_path=0.0)),
+    "convnext_mini": (
+        ConvNeXt,
+        32,
+        dict(depths=(1, 1, 3, 1), dims=(32, 64, 128, 256), drop_path=0.0, patch=2),
+    ),
     "convnext_tiny": (
         ConvNeXt,
         224,
@@ -746,6 +759,11 @@ SIZES = {
         Swin,
         32,
         dict(patch=2, window=4, dim=32, depths=(2, 2, 2), heads=(2, 4, 8), drop_path=0.0),
+    ),
+    "swin_mini": (
+        Swin,
+        32,
+        dict(patch=2, window=4, dim=32, depths=(2, 2, 4), heads=(2, 4, 8), drop_path=0.0),
     ),
     "swin_tiny": (
         Swin,

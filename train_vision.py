@@ -71,12 +71,13 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     add("--data-dir", default="data", help="of torchvision's sets, and folders of other tasks")
     add("--shots", type=loop.positive, help="labelled pictures in all, a fifth for validation")
     add("--model", nargs="+", choices=list(models.SIZES), help="several with --compare")
-    add("--weights", help="imagenet1k, imagenet21k, none or a file; by default what suits the set")
+    add("--weights", help="imagenet1k, imagenet21k, none or a file; by default what suits the model")
     add("--shift", default=True, action=argparse.BooleanOptionalAction, help="train β in SAN")
     add("--wiring", default="san", choices=["san", "authors"], help="authors: ViT alone")
     add("--image-size", type=loop.positive, help="by default what the model is made for")
     add("--workers", type=int, help="processes that load pictures")
     add("--prompts", type=loop.positive, default=10, help="of vpt, before every block")
+    add("--pretrain", action="store_true", help="a new backbone: all of it, from nothing")
     add("--ablation", action="store_true", help="SAN's variants compared, as --compare does")
     add("--compile", action="store_true", help="torch.compile what is trained")
     add("--table", nargs="+", metavar="RUN", help="comparisons' results.jsonl as Markdown tables")
@@ -89,6 +90,10 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     args.model = args.model or ["vit_micro" if drawn else "vit_b16"]
     if args.ablation and (args.compare or args.protocol or args.method != "san"):
         p.error("--ablation compares SAN's variants, without --compare, --protocol or --method")
+    if args.pretrain and (tabulates(args) or args.shots or args.method != "san"):
+        p.error("--pretrain makes one backbone, without --method, --shots or a comparison")
+    if args.pretrain:
+        args.method, args.weights = "full", "none"
     if args.protocol and args.shots:
         p.error("--protocol vtab1k says how many pictures are labelled; leave --shots out")
     if not tabulates(args) and (len(args.model) > 1 or args.task == "all"):
@@ -116,9 +121,8 @@ def load_model(args: argparse.Namespace, name: str, factors: list[int]) -> nn.Mo
     """The base model with its weights, and a new head with one output per class of every factor."""
     torch.manual_seed(args.seed)  # the head's first values
     model = models.build(name, sum(factors), args.image_size)
-    weights = args.weights or (
-        WEIGHTS / f"{name}.pt" if args.dataset == "sprites" else "imagenet1k"
-    )
+    small = models.SIZES[name][1] == 32  # pre-trained here, as nobody publishes such small ones
+    weights = args.weights or (WEIGHTS / f"{name}.pt" if small else "imagenet1k")
     if weights == "none":
         return model
     state = checkpoints.backbone_state(weights, name)
@@ -137,17 +141,20 @@ def fit(model: nn.Module, data: Data, args: argparse.Namespace, out: Path | None
     if args.compile:
         torch.compiler.reset()  # it gives up on a class of which it has compiled several models
     forward = torch.compile(model) if args.compile else model
+    smoothing, average = (0.1, 0.999) if args.pretrain else (0.0, 0.0)
 
     def loss_of(_, batch: tuple) -> Tensor:  # forward may be the model compiled
         inputs, labels = batch
         labels = labels.to(args.device, non_blocking=True)
-        return factor_loss(forward(prepare(inputs, args.device)).float(), labels, data.factors)
+        outputs = forward(prepare(inputs, args.device)).float()
+        return factor_loss(outputs, labels, data.factors, smoothing)
 
     def validate(model: nn.Module) -> float:
         return score(model, data.val, data.factors, args)
 
     batches = loader(data.train, args, shuffle=True)
-    return loop.fit(model, batches, loss_of, validate if data.val else None, args, out, note)
+    validate = validate if data.val else None
+    return loop.fit(model, batches, loss_of, validate, args, out, note, average=average)
 
 
 def probe(model: nn.Module, data: Data, args: argparse.Namespace, note: str) -> list[dict]:

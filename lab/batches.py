@@ -154,10 +154,18 @@ def prepare(inputs: Tensor, device: torch.device) -> Tensor:
     return to_input(inputs) if inputs.dtype == torch.uint8 else inputs
 
 
-def factor_loss(outputs: Tensor, labels: Tensor, factors: list[int]) -> Tensor:
-    """Cross-entropy, summed over factors. outputs: B×Σclasses, labels: B×factors."""
+def factor_loss(
+    outputs: Tensor, labels: Tensor, factors: list[int], smoothing: float = 0.0
+) -> Tensor:
+    """Cross-entropy, summed over factors. outputs: B×Σclasses, labels: B×factors.
+
+    smoothing: the share of a label that is spread over all classes.
+    """
     parts = outputs.split(factors, dim=1)
-    return sum(F.cross_entropy(part, labels[:, i]) for i, part in enumerate(parts))
+    return sum(
+        F.cross_entropy(part, labels[:, i], label_smoothing=smoothing)
+        for i, part in enumerate(parts)
+    )
 
 
 def factor_accuracy(outputs: Tensor, labels: Tensor, factors: list[int]) -> list[float]:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 import san
@@ -68,6 +69,7 @@ def fit(
     out: Path | None = None,
     note: str = "",
     unit: str = "images",
+    average: float = 0.0,
 ) -> list[dict]:
     """Train what requires a gradient with AdamW, a warm-up and a cosine; one record per epoch.
 
@@ -76,6 +78,8 @@ def fit(
     unit: what a batch holds, for the bar and the speed.
     out: folder for checkpoint.pt, written after every epoch, which is then reported in a line;
     args.resume continues from it.
+    average: validate, and end, with the mean of the parameters over the steps, of which a step
+    counts `average` times what the next one does; 0: with the last step's.
     Every epoch seeds itself from (seed, epoch), so that a resumed run goes the same way.
     Raises FloatingPointError when the loss or a parameter is no longer finite: the checkpoint of
     the epoch before stays. ValueError for a checkpoint made with other settings.
@@ -87,11 +91,12 @@ def fit(
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=True)
+    mean = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(average)) if average else None
     device = parameters[0].device
     history: list[dict] = []
     checkpoint = out and out / "checkpoint.pt"
     if checkpoint and args.resume:
-        history = resume(checkpoint, model, optimizer, args)
+        history = resume(checkpoint, model, optimizer, mean, args)
     steps, warmup = args.epochs * len(loader), round(args.warmup_epochs * len(loader))
     for epoch in range(len(history), args.epochs):
         torch.manual_seed(args.seed * 100_003 + epoch)
@@ -108,6 +113,8 @@ def fit(
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
+                if mean:
+                    mean.update_parameters(model)
                 running += loss.detach() * len(batch[0])
                 seen += len(batch[0])
                 if i % 20 == 0 or i == len(loader) - 1:  # reading the loss makes the device wait
@@ -116,16 +123,19 @@ def fit(
                 bar.update(len(batch[0]))
         seconds = time.perf_counter() - started
         require_finite(running.item(), parameters, epoch, rate, checkpoint)
-        val = validate(model) if validate else None
+        val = validate(mean.module if mean else model) if validate else None
         record = {"epoch": epoch + 1, "loss": running.item() / seen, "val": val}
         history.append(record | {"seconds": seconds, f"{unit}_per_second": seen / seconds})
         if checkpoint:
             content = {"settings": settings(args), "history": history}
             content |= {"model": methods.trained_state(model), "optimizer": optimizer.state_dict()}
+            content |= {"mean": mean.state_dict()} if mean else {}
             san.write(content, checkpoint)
             validated = "" if val is None else f"validation {100 * val:.1f} %  "
             speed = f"{seen / seconds:.0f} {unit}/s"
             tqdm.write(f"{label}  loss {record['loss']:.3f}  {validated}{speed}", file=sys.stdout)
+    if mean:
+        model.load_state_dict(mean.module.state_dict())
     return history
 
 
@@ -161,9 +171,13 @@ def require_checkpoint(out: Path) -> None:
 
 
 def resume(
-    checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer, args: argparse.Namespace
+    checkpoint: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    mean: AveragedModel | None,
+    args: argparse.Namespace,
 ) -> list[dict]:
-    """Put a checkpoint's epoch back into model and optimizer; its history so far is returned.
+    """Put a checkpoint's epoch back into model, optimizer and mean; the history so far is returned.
 
     Raises ValueError if it was made with other settings, OSError if it is broken.
     """
@@ -183,6 +197,8 @@ def resume(
         for name, value in content["model"].items():
             own[name].copy_(value)
     optimizer.load_state_dict(content["optimizer"])
+    if mean:
+        mean.load_state_dict(content["mean"])
     return content["history"]
 
 
