@@ -27,18 +27,36 @@ from lab.batches import factor_accuracy, factor_loss, loader, outputs_of, prepar
 from lab.pictures import Data, Task, set_name
 
 WEIGHTS = Path(__file__).parent / "weights"
-# [us] the grids of --compare; the first is a single run's default
+# [us] --compare's rows, each with as many learning rates to choose from
 LEARNING_RATES = {
-    "linear": (1e-3, 1e-2, 1e-1),
-    "bias": (1e-3, 5e-3, 2e-2),
-    "vpt": (1e-3, 5e-3, 2e-2),
-    "full": (1e-4, 3e-4, 1e-3),
-    "lora": (5e-4, 2e-3, 8e-3),
-    "ssf": (1e-3, 5e-3, 2e-2),
-    "san": (1e-3, 5e-3, 2e-2),
+    "linear": (3e-3, 1e-2, 3e-2, 1e-1),
+    "norm": (1e-3, 3e-3, 1e-2, 3e-2),
+    "bias": (1e-3, 3e-3, 1e-2, 3e-2),
+    "vpt": (1e-3, 3e-3, 1e-2, 3e-2),
+    "lora, r=1": (3e-4, 1e-3, 3e-3, 1e-2),
+    "lora": (3e-4, 1e-3, 3e-3, 1e-2),
+    "dora": (3e-4, 1e-3, 3e-3, 1e-2),
+    "ia3": (1e-3, 3e-3, 1e-2, 3e-2),
+    "ssf": (1e-3, 3e-3, 1e-2, 3e-2),
+    "hyperadapt": (1e-3, 3e-3, 1e-2, 3e-2),
+    "san": (1e-3, 3e-3, 1e-2, 3e-2),
+    "san2": (1e-3, 3e-3, 1e-2, 3e-2),
+    "full": (1e-4, 3e-4, 1e-3, 3e-3),
 }
+# the flags of a row that is more than a method's name
+ROWS = {"lora, r=1": {"method": "lora", "rank": 1}}
+METHODS = [row for row in LEARNING_RATES if row not in ROWS]
+# [us] a single run's
+DEFAULT_RATES = dict.fromkeys(METHODS, 1e-3) | {"lora": 5e-4, "dora": 5e-4, "full": 1e-4}
 # the flags of --ablation's variants
-SAN = {"mode": "both", "shift": True, "norms": True, "gamma_std": 0.0, "wiring": "san"}
+SAN = {
+    "method": "san",
+    "mode": "both",
+    "shift": True,
+    "norms": True,
+    "gamma_std": 0.0,
+    "wiring": "san",
+}
 VARIANTS = {
     "both, shift (SAN)": SAN,
     "both": SAN | {"shift": False},
@@ -82,7 +100,7 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     add("--compile", action="store_true", help="torch.compile what is trained")
     add("--table", nargs="+", metavar="RUN", help="comparisons' results.jsonl as Markdown tables")
     add("--plot", nargs="+", metavar="RUN", help="pictures of runs and comparisons, into --out")
-    loop.add_flags(p, list(LEARNING_RATES), epochs=None, batch=32)
+    loop.add_flags(p, METHODS, epochs=None, batch=32)
     args = p.parse_args(words)
     drawn = args.dataset == "sprites"
     args.protocol = args.protocol or ("vtab1k" if args.dataset == "vtab" else None)
@@ -203,7 +221,7 @@ def test(model: nn.Module, data: Data, args: argparse.Namespace) -> tuple[Tensor
 def run(args: argparse.Namespace) -> None:
     """One method on one data set: load, attach, train, score, merge, save."""
     name = args.model[0]
-    args.lr = args.lr or LEARNING_RATES[args.method][0]
+    args.lr = args.lr or DEFAULT_RATES[args.method]
     args.out = args.out or f"runs/{set_name(args)}-{name}-{args.method}-seed{args.seed}"
     out = Path(args.out)
     data = pictures.load_named(args, size_of(name, args))
@@ -219,7 +237,7 @@ def run(args: argparse.Namespace) -> None:
     started = time.perf_counter()
     result = {"dataset": set_name(args), "model": name, "method": args.method, "seed": args.seed}
     if args.weights != "none" and args.method != "linear":  # what the base is worth as it is
-        probe(base, data, loop.changed(args, lr=LEARNING_RATES["linear"][0]), "linear head")
+        probe(base, data, loop.changed(args, lr=DEFAULT_RATES["linear"]), "linear head")
         result["test_linear"] = score(base, data.test, data.factors, args)
     del base
     history, figures = train(model, data, args, out, args.method)
@@ -299,7 +317,7 @@ def measure(
 
     lines = []
     for row in rows:
-        own = {"method": "san"} | VARIANTS[row] if args.ablation else {"method": row}
+        own = (VARIANTS if args.ablation else ROWS).get(row, {"method": row})
         lines += tables.search(
             loop.changed(args, **own),
             {"task": task.name, "model": name, "method": row, "group": task.group},

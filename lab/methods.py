@@ -17,7 +17,13 @@ import san
 LOW_RANK = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
 # SAN's ablation [C]: both uses of γ, feature scaling alone, propagation alone
 MODES = {"both": {}, "feature": {"propagate": False}, "propagation": {"scale": False}}
-UNLINKED = ("linear", "bias", "vpt", "full")  # methods that know nothing of links
+UNLINKED = ("linear", "norm", "bias", "vpt", "full")  # methods that know nothing of links
+SECOND = ("fc2", "pwconv2", "down_proj")  # an MLP's last layer, which IA³ scales at its input
+
+
+def wide(layer: nn.Module) -> torch.dtype:
+    """The layer's type, but float32 at least: half precision would round a step to nothing."""
+    return torch.promote_types(layer.weight.dtype, torch.float32)
 
 
 class LoRALayer(nn.Module):
@@ -29,13 +35,11 @@ class LoRALayer(nn.Module):
 
     def __init__(self, layer: nn.Module, rank: int, alpha: float):
         super().__init__()
-        weight = layer.weight
-        # float32 at least, as γ: steps would be lost to half precision's rounding
-        wide = torch.promote_types(weight.dtype, torch.float32)
+        weight, dtype = layer.weight, wide(layer)
         self.layer = layer
         self.scale = alpha / rank
-        self.a = nn.Parameter(weight.new_empty(rank, weight[0].numel(), dtype=wide))
-        self.b = nn.Parameter(weight.new_zeros(len(weight), rank, dtype=wide))
+        self.a = nn.Parameter(weight.new_empty(rank, weight[0].numel(), dtype=dtype))
+        self.b = nn.Parameter(weight.new_zeros(len(weight), rank, dtype=dtype))
         nn.init.kaiming_uniform_(self.a, a=math.sqrt(5))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -70,30 +74,59 @@ class LoRALayer(nn.Module):
 
 
 class DoRALayer(LoRALayer):
-    """A frozen nn.Linear with a trained size and direction: m ⊙ V / ‖V‖, V = W + (α/r) B A.
+    """LoRA with the size of each row trained apart: m ⊙ V / ‖V‖, V = W + (α/r) B A.
 
-    m: out, one size per row, ‖W‖ at the start; ‖·‖: each row's length, which the gradient takes for
-    a constant, as its authors do (Liu et al. 2024).
+    m: out, ‖W‖ at the start; ‖·‖: per output channel, over all that it reads. The gradient takes
+    ‖V‖ for a constant, as the authors do (Liu et al. 2024).
     """
 
-    def __init__(self, layer: nn.Linear, rank: int, alpha: float):
+    def __init__(self, layer: nn.Module, rank: int, alpha: float):
         super().__init__(layer, rank, alpha)
-        self.m = nn.Parameter(layer.weight.to(self.a.dtype).norm(dim=1))
+        self.m = nn.Parameter(layer.weight.to(self.a.dtype).flatten(1).norm(dim=1))
 
     def forward(self, x: Tensor) -> Tensor:
+        if not isinstance(self.layer, nn.Linear):
+            return super().forward(x)
         z = nn.functional.linear(x, self.layer.weight) + self.low_rank(x)
         z = (z * self.ratio()).to(x.dtype)
         return z if self.layer.bias is None else z + self.layer.bias
 
     def ratio(self) -> Tensor:
-        """m / ‖V‖, one entry per row."""
+        """m / ‖V‖, one entry per output channel."""
         with torch.no_grad():
-            length = super().weight.norm(dim=1)
+            length = super().weight.flatten(1).norm(dim=1)
         return self.m / length
 
     @property
     def weight(self) -> Tensor:
-        return self.ratio()[:, None] * super().weight
+        updated = super().weight
+        return self.ratio().view(-1, *[1] * (updated.ndim - 1)) * updated
+
+
+class ColumnLayer(nn.Module):
+    """A frozen nn.Linear or nn.Conv2d with a trained scale per input channel: W diag(a).
+
+    a: in, ones at the start. Computed as W (a ⊙ x): as with SAN's γ', no gradient is as large as W.
+    """
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.layer, self.groups = layer, getattr(layer, "groups", 1)
+        inputs = self.groups * layer.weight.shape[1]
+        self.a = nn.Parameter(layer.weight.new_ones(inputs, dtype=wide(layer)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = self.a.view(-1, *[1] * (self.layer.weight.ndim - 2))  # beside the channels of x
+        return self.layer((a * x).to(x.dtype))
+
+    @property
+    def weight(self) -> Tensor:
+        """W diag(a), before rounding; the rows of group i have the i-th stretch of a."""
+        rows = self.layer.weight.unflatten(0, (self.groups, -1))  # g out/g in/g h w
+        a = self.a.view(self.groups, 1, -1, *[1] * (rows.ndim - 3))
+        return (rows * a).flatten(0, 1)
+
+    bias, merged = LoRALayer.bias, LoRALayer.merged
 
 
 class PromptedBlock(nn.Module):
@@ -120,32 +153,48 @@ class PromptedBlock(nn.Module):
 def adapt(model: nn.Module, method: str, args: argparse.Namespace) -> None:
     """Freeze what `method` does not train and add what it does.
 
-    linear: the head, and a LLaMA's last norm (where head and embedding are one matrix, that);
-    bias: the biases; full: all; vpt: args.prompts tokens before every block of a ViT;
-    san, ssf: γ (and β) of the linked layers and, with args.norms, the norms [C], ssf being feature
-    scaling alone with a shift [S]; γ start at 1, SAN's with args.gamma_std around it, as SSF's own
-    code has them (0.02) [S]; lora, dora: an update of low rank on the linked layers, of a
-    LLaMA on its LOW_RANK layers; san+lora, san+dora [P]: that update inside SAN's two diagonals,
-    which act on the updated weight [us]. The rank is args.rank and α equals it [us]. dora and the
-    last two are for nn.Linear alone.
     A classifier's new head is trained by every method; a LLaMA's head is pre-trained, as the rest.
+
+    The base's own parameters:
+    linear      the head, and a LLaMA's last norm (where head and embedding are one matrix, that)
+    norm        the norms (Zhao et al. 2024)
+    bias        the biases (Zaken et al. 2022)
+    full        all
+    Beside a frozen base:
+    vpt         args.prompts tokens before every block of a ViT (Jia et al. 2022)
+    lora, dora  LoRALayer, DoRALayer on the linked layers, of a LLaMA on its LOW_RANK layers; the
+                rank is args.rank and α equals it [us]
+    ia3         scales of the outputs, bias included, of every linked nn.Linear, but of the inputs
+                of an MLP's SECOND layer (Liu et al. 2022, as PEFT has it)
+    ssf         γ and β on the linked layers, γ acting once [S]
+    san         γ acting twice, or as args.mode says, and with args.shift β
+    san2        SAN with W diag(γ' ⊙ a) where it has W diag(γ'); a is trained [C, early commits]
+    hyperadapt  SAN untied: W diag(a) with an own a on every linked layer, also where SAN propagates
+                nothing. HyperAdapt (arXiv 2509.18629) scales matrices alone, and no bias; all but a
+                is as with san here, so that the difference is the sharing of γ [us]
+    san+lora, san+dora  that update inside SAN's two diagonals [P], which act on the updated weight
+                [us]
+
+    ssf, hyperadapt and SAN's kinds train the norms too, with args.norms [C]. Scales start at 1, the
+    γ of the latter two with args.gamma_std around it, as SSF's own code has them (0.02) [S].
     Raises ValueError for vpt on another model than a ViT.
     """
     links = [] if method in UNLINKED else links_of(model, args.wiring)
     is_llama = isinstance(model, models.LLaMA)
-    norm_types = (nn.LayerNorm, models.RMSNorm)
-    norms = [name for name, m in model.named_modules() if isinstance(m, norm_types) and args.norms]
-    head = [] if is_llama else ["head"]
+    like_san = method.startswith("san") or method in ("ssf", "hyperadapt")
+    trained = [] if is_llama else ["head"]
+    if method == "linear" and is_llama:
+        trained = ["norm", "head"]
+    elif method == "norm" or (like_san and args.norms):
+        norm_types = (nn.LayerNorm, models.RMSNorm)
+        trained += [name for name, m in model.named_modules() if isinstance(m, norm_types)]
     model.requires_grad_(method == "full")
-    for name in ("norm", "head") if is_llama and method == "linear" else head:
+    for name in trained:
         model.get_submodule(name).requires_grad_(True)
-    if method.startswith("san"):
-        san.attach(model, links, **MODES[args.mode], shift=args.shift, trainable=[*norms, *head])
-        for layer in model.modules():
-            if isinstance(layer, san.SANLayer) and layer.gamma is not None:
-                nn.init.normal_(layer.gamma, 1.0, args.gamma_std)
-    elif method == "ssf":
-        san.attach(model, links, propagate=False, shift=True, trainable=[*norms, *head])
+    if like_san:
+        add_scales(model, method, links, trained, args)
+    elif method == "ia3":
+        add_ia3(model, links, trained)
     elif method == "bias":
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name.endswith(".bias") or parameter.requires_grad)
@@ -154,14 +203,47 @@ def adapt(model: nn.Module, method: str, args: argparse.Namespace) -> None:
             raise ValueError(f"vpt prompts a ViT's tokens, and this is a {type(model).__name__}")
         for i, block in enumerate(model.blocks):
             model.blocks[i] = PromptedBlock(block, args.prompts, model.patch_embed, i == 0)
-    kind = method.removeprefix("san+")
-    if kind in ("lora", "dora"):
-        layer_type = LoRALayer if kind == "lora" else DoRALayer
+    if method.endswith(("lora", "dora")):
+        layer_type = DoRALayer if method.endswith("dora") else LoRALayer
         for name in (link.layer for link in links):
             if not is_llama or name.endswith(LOW_RANK):
-                inner = f"{name}.layer" if kind != method else name  # inside the SAN layer
-                layer = layer_type(model.get_submodule(inner), args.rank, alpha=args.rank)
-                model.set_submodule(inner, layer)
+                wrap(model, name, layer_type, args.rank, args.rank)
+
+
+def add_scales(
+    model: nn.Module,
+    method: str,
+    links: list[san.Link],
+    trained: list[str],
+    args: argparse.Namespace,
+) -> None:
+    """What ssf, hyperadapt and SAN's kinds scale and shift; `trained` is trained besides."""
+    mode = MODES[args.mode if method.startswith("san") else "feature"]
+    shift = args.shift or method == "ssf"
+    san.attach(model, links, **mode, shift=shift, trainable=trained)
+    layers = [(n, m) for n, m in model.named_modules() if isinstance(m, san.SANLayer)]
+    for name, layer in layers:
+        if method != "ssf" and layer.gamma is not None:
+            nn.init.normal_(layer.gamma, 1.0, args.gamma_std)
+        if method == "hyperadapt" or (method == "san2" and layer.anterior):
+            wrap(model, name, ColumnLayer)
+
+
+def add_ia3(model: nn.Module, links: list[san.Link], trained: list[str]) -> None:
+    """IA³'s scales, those of outputs as a γ that acts once; `trained` is trained besides."""
+    linear = [n for n, *_ in links if isinstance(model.get_submodule(n), nn.Linear)]
+    second = [name for name in linear if name.endswith(SECOND)]
+    outputs = [san.Link(name) for name in linear if name not in second]
+    san.attach(model, outputs, propagate=False, trainable=trained)
+    for name in second:
+        wrap(model, name, ColumnLayer)
+
+
+def wrap(model: nn.Module, name: str, layer_type: type[nn.Module], *options: int) -> None:
+    """Put layer_type(layer, *options) in the frozen layer's place, inside of a SAN layer if any."""
+    if isinstance(model.get_submodule(name), san.SANLayer):
+        name = f"{name}.layer"
+    model.set_submodule(name, layer_type(model.get_submodule(name), *options))
 
 
 def links_of(model: nn.Module, wiring: str) -> list[san.Link]:
@@ -175,8 +257,8 @@ def links_of(model: nn.Module, wiring: str) -> list[san.Link]:
 
 def fold(model: nn.Module) -> None:
     """Make plain layers of whatever `adapt` added, but for vpt's prompts, which stay."""
-    for name, module in list(model.named_modules()):  # updates first: they are inside SAN layers
-        if isinstance(module, LoRALayer):
+    for name, module in list(model.named_modules()):  # what is inside SAN layers first
+        if isinstance(module, (LoRALayer, ColumnLayer)):
             model.set_submodule(name, module.merged())
     if hasattr(model, "_san"):
         san.merge(model)

@@ -58,7 +58,7 @@ def flags(pictures) -> list:
 # ------------------------------------------------------------------------------------------ runs
 
 
-@pytest.mark.parametrize("method", train_vision.LEARNING_RATES)
+@pytest.mark.parametrize("method", train_vision.METHODS)
 def test_a_run_saves_a_model_that_scores_the_same_again(method, flags, tmp_path, capsys):
     out = tmp_path / "run"
     assert command(*flags, "--method", method, "--out", out) == 0
@@ -262,8 +262,11 @@ def test_compare_writes_one_row_a_method_and_does_nothing_twice(flags, tmp_path,
         own = [line for line in lines if line["method"] == method]
         tried = {line["lr"]: line["val"] for line in own if line["part"] == "search"}
         scored = [line for line in own if line["part"] == "test"]
-        assert len(tried) == 3 and len(scored) == 2
+        assert len(tried) == 4 and len(scored) == 2
         assert tried[scored[0]["lr"]] == max(tried.values()) == scored[0]["val"]
+    counts = {line["method"]: line["trainable"] for line in lines}
+    low_rank = [counts[method] - counts["linear"] for method in ("lora, r=1", "lora")]
+    assert low_rank[1] == 8 * low_rank[0] > 0
     monkeypatch.setattr(train_vision, "train", lambda *_: pytest.fail("trained again"))
     assert command(*words) == 0
     assert (tmp_path / "table.md").read_text() == table
@@ -306,13 +309,14 @@ def test_the_protocol_chooses_on_the_fifth_and_then_trains_on_all(
     words = [*flags, "--epochs", 1, "--protocol", "vtab1k", "--seeds", 2, "--out", tmp_path]
     assert command(*words) == 0
     printed = capsys.readouterr().out
-    assert "learning rates for san: 0.001, 0.005, 0.02" in printed and "32 + 8 labelled" in printed
-    assert sizes[:3] == [(32, True, rate, 0) for rate in train_vision.LEARNING_RATES["san"]]
+    assert "learning rates for san: 0.001, 0.003, 0.01, 0.03" in printed
+    assert "32 + 8 labelled" in printed
+    assert sizes[:4] == [(32, True, rate, 0) for rate in train_vision.LEARNING_RATES["san"]]
     best = max(
-        (line for line in tables.read_results(tmp_path / "results.jsonl")[:3]),
+        (line for line in tables.read_results(tmp_path / "results.jsonl")[:4]),
         key=lambda line: line["val"],
     )["lr"]
-    assert sizes[3:] == [(40, False, best, seed) for seed in (0, 1)]
+    assert sizes[4:] == [(40, False, best, seed) for seed in (0, 1)]
     assert command(*words, "--method", "linear") == 0  # to the same file
     assert capsys.readouterr().out.count("| linear |") == 2
     assert command("--table", tmp_path / "results.jsonl") == 0
