@@ -49,14 +49,8 @@ METHODS = [row for row in LEARNING_RATES if row not in ROWS]
 # [us] a single run's
 DEFAULT_RATES = dict.fromkeys(METHODS, 1e-3) | {"lora": 5e-4, "dora": 5e-4, "full": 1e-4}
 # the flags of --ablation's variants
-SAN = {
-    "method": "san",
-    "mode": "both",
-    "shift": True,
-    "norms": True,
-    "gamma_std": 0.0,
-    "wiring": "san",
-}
+SAN = {"method": "san", "mode": "both", "shift": True, "norms": True}
+SAN |= {"gamma_std": 0.0, "wiring": "san"}
 VARIANTS = {
     "both, shift (SAN)": SAN,
     "both": SAN | {"shift": False},
