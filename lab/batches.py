@@ -47,7 +47,8 @@ class Resident(Dataset):
     a batch is the stored bytes. augment: None, "crop" (`crops`) or "crop+flip".
     A batch is made on the device that holds the pictures; what it is made of is drawn on the CPU,
     so that every machine draws the same, and a GPU never makes the host wait.
-    For DataLoader(resident, sampler=BatchSampler(…), batch_size=None), since [] takes a list.
+    For DataLoader(resident, sampler=BatchSampler(…), batch_size=None), since [] takes a list; of a
+    number it gives one picture and its label, as any other set.
     """
 
     pictures: Tensor
@@ -58,8 +59,10 @@ class Resident(Dataset):
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
+    def __getitem__(self, indices: list[int] | int) -> tuple[Tensor, Tensor]:
         """Bytes B×3×size×size and labels B×factors."""
+        if isinstance(indices, int):
+            return tuple(batch[0] for batch in self[[indices]])
         device = self.pictures.device
         index = send(torch.tensor(indices), device)
         pictures, labels = self.pictures[index], self.labels[index]

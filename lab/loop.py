@@ -229,7 +229,10 @@ def guard(work: Callable[[argparse.Namespace], None], args: argparse.Namespace) 
         print(f"\nstopped; {kept}", file=sys.stderr)
         sys.exit(130)
     except (ValueError, OSError, FloatingPointError, torch.OutOfMemoryError) as error:
-        print(f"{script}: {error}", file=sys.stderr)
+        said = str(error)
+        if "\nOriginal Traceback" in said:  # a loader's process passes on all that it would print
+            said = said.strip().splitlines()[-1].split(": ", 1)[-1]
+        print(f"{script}: {said}", file=sys.stderr)
         sys.exit(2 if isinstance(error, ValueError) else 1)
 
 

@@ -1,4 +1,4 @@
-"""Sets of pictures, read for training: sprites, torchvision's and folders; VTAB-1k and FGVC.
+"""Sets of pictures, read for training: sprites, torchvision's and folders; suites of them.
 
 Each comes back as `Data`: splits of (picture, label) pairs, a picture being 3×H×W bytes and
 a label one whole number per factor (most sets have one factor, the class).
@@ -7,8 +7,10 @@ a label one whole number per factor (most sets have one factor, the class).
 
 import bisect
 import json
+import math
 from argparse import Namespace
 from dataclasses import dataclass, replace
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,9 +19,14 @@ from torch import Tensor
 from torch.utils.data import Dataset, Subset
 from torchvision import datasets
 from torchvision.transforms import v2
+from tqdm import tqdm
 
 from lab import loop, sprites
 from lab.batches import Resident
+from lab.folders import read_splits, to_rgb
+
+# bytes of a split that is kept in memory, decoded once; a larger one is decoded when asked for [us]
+MOST_KEPT = 512 * 10**6
 
 
 class Data(NamedTuple):
@@ -59,35 +66,38 @@ def load(
     image_size: int = 224,
     shots: int | None = None,
     source_size: int = 100_000,
+    held_out: float = 0.2,
 ) -> Data:
     """The data set `name`: 'sprites', a name of TORCHVISION, or a folder with train/ and test/.
 
-    A task of VTAB or FGVC may be such a folder too, below data_dir, and is then read from there.
+    A plain name is first looked for as such a folder below data_dir.
     shots: how many labelled pictures in all, a fifth of them for validation. Which pictures those
-    are does not depend on a run's seed. Raises ValueError for a name, a folder's contents or a
-    number that cannot be used, OSError for files that are missing, broken or cannot be downloaded.
+    are does not depend on a run's seed. held_out: the share of the training pictures that
+    validates where a set has no others for it.
+    Raises ValueError for a name, a folder's contents or a number that cannot be used, OSError for
+    files that are missing, broken or cannot be downloaded.
     """
-    known = VTAB | FGVC
+    known = VTAB | FGVC | REAL
+    below = Path(data_dir) / name
     if name == "sprites":
         data = from_sprites(task, source_size)
-    elif name in known and has_splits(Path(data_dir) / name):
-        data = from_folder(
-            Path(data_dir) / name, image_size, augment=name not in {*STRUCTURED, "svhn"}
-        )
-    elif name in TORCHVISION:
-        data = from_torchvision(name, Path(data_dir), image_size)
-    elif Path(name).is_dir():
-        data = from_folder(Path(name), image_size)
-    elif name in known:
+        return data if shots is None else take(data, shots)
+    if Path(name).name == name != ".." and has_splits(below):
+        augment = name not in {*STRUCTURED, "svhn"}
+        return from_folder(below, image_size, augment, held_out, shots)
+    if name in TORCHVISION:
+        return from_torchvision(name, Path(data_dir), image_size, held_out, shots)
+    if Path(name).is_dir():
+        return from_folder(Path(name), image_size, True, held_out, shots)
+    if name in known:
         raise ValueError(
             f"{name} cannot be downloaded: {known[name][1]}; put its pictures in "
-            f"{Path(data_dir) / name}/train/<class>/ and test/<class>/"
+            f"{below}/train/<class>/ and test/<class>/"
         )
-    else:
-        raise ValueError(
-            f"data set '{name}' is neither a folder nor one of: sprites, {', '.join(TORCHVISION)}"
-        )
-    return data if shots is None else take(data, shots)
+    raise ValueError(
+        f"data set '{name}' is neither a folder with train/ and test/, here or in {data_dir}, nor "
+        f"one of: sprites, {', '.join(TORCHVISION)}"
+    )
 
 
 def take(data: Data, shots: int) -> Data:
@@ -195,22 +205,24 @@ def transforms(image_size: int) -> tuple[v2.Transform, v2.Transform]:
     """(training, evaluation): a direct resize; training crops lightly, 70 % or more, and flips."""
     train = v2.Compose(
         [
-            v2.RGB(),
+            to_rgb,
             v2.RandomResizedCrop((image_size, image_size), (0.7, 1.0), antialias=True),
             v2.RandomHorizontalFlip(),
             v2.PILToTensor(),
         ]
     )
-    test = v2.Compose([v2.RGB(), v2.Resize((image_size, image_size)), v2.PILToTensor()])
+    test = v2.Compose([to_rgb, v2.Resize((image_size, image_size)), v2.PILToTensor()])
     return train, test
 
 
-def from_torchvision(name: str, root: Path, image_size: int) -> Data:
+def from_torchvision(
+    name: str, root: Path, image_size: int, held_out: float = 0.2, shots: int | None = None
+) -> Data:
     """A set of torchvision's, downloaded to `root` where it is not there yet.
 
-    A set without a validation split gives a fifth of its training pictures for it, and a set
-    without any split (eurosat, caltech101, sun397) first a fifth of all to testing: our choice,
-    the same in every run.
+    A set without a validation split gives the share `held_out` of its training pictures for it,
+    and a set without any split (eurosat, caltech101, sun397) first a fifth of all to testing: our
+    choice, the same in every run. shots: as for `load`.
     """
     class_name, folder, train_split, val_split, test_split, classes = TORCHVISION[name]
     dataset = getattr(datasets, class_name)
@@ -242,7 +254,6 @@ def from_torchvision(name: str, root: Path, image_size: int) -> Data:
             return in_memory(opened, image_size)
         return opened
 
-    first_class = 3 if name == "clevr_count" else 0  # CLEVR's pictures hold 3 to 10 objects
     train = open_split(train_split)
     if test_split is None:
         fifth = len(train) // 5
@@ -250,23 +261,18 @@ def from_torchvision(name: str, root: Path, image_size: int) -> Data:
     else:
         test = open_split(test_split)
     if val_split is None:
-        fifth = len(train) // 5
-        val, train = subset(train, 0, fifth), subset(train, fifth, len(train))
+        count = int(len(train) * held_out)
+        val, train = subset(train, 0, count), subset(train, count, len(train))
     else:
         val = open_split(val_split)
-    if isinstance(train, Resident):
+    data = Data(train, train, val, test, [classes])
+    if shots is not None:
+        data = take(data, shots)
+    if isinstance(data.train, Resident):
         augment = "crop" if name == "svhn" else "crop+flip"  # a flipped digit is no digit
-        return Data(replace(train, augment=augment), train, val, test, [classes])
-    augment, plain = transforms(image_size)
-    if name in STRUCTURED:
-        augment = plain
-    return Data(
-        Single(train, augment, first_class),
-        Single(train, plain, first_class),
-        Single(val, plain, first_class),
-        Single(test, plain, first_class),
-        [classes],
-    )
+        return data._replace(train=replace(data.train, augment=augment))
+    first_class = 3 if name == "clevr_count" else 0  # CLEVR's pictures hold 3 to 10 objects
+    return in_bytes(data, image_size, name not in STRUCTURED, first_class=first_class)
 
 
 def in_memory(opened: datasets.CIFAR10 | datasets.SVHN, size: int) -> Resident:
@@ -294,47 +300,86 @@ def has_splits(folder: Path) -> bool:
     return all((folder / split).is_dir() for split in ("train", "test"))
 
 
-def from_folder(root: Path, image_size: int, augment: bool = True) -> Data:
-    """A folder with train/<class>/ and test/<class>/ pictures; a fifth of train/ validates.
+def from_folder(
+    root: Path,
+    image_size: int,
+    augment: bool = True,
+    held_out: float = 0.2,
+    shots: int | None = None,
+) -> Data:
+    """A folder with train/<class>/ and test/<class>/ pictures, as `read_splits` reads it.
 
-    Every file is opened once, so that a broken picture is named before the training starts.
+    The share `held_out` of train/ validates; shots: as for `load`.
     """
-    splits = []
-    for split in ("train", "test"):
-        if not (root / split).is_dir():
-            raise ValueError(f"{root} has no folder {split}/: expected {split}/<class>/ pictures")
-        try:
-            splits.append(datasets.ImageFolder(str(root / split)))
-        except FileNotFoundError as error:  # torchvision's word for no class, or an empty one
-            raise ValueError(
-                f"{root / split} cannot be used: {str(error).splitlines()[0]}"
-            ) from error
-    train, test = splits
-    if train.classes != test.classes:
-        odd = sorted(set(train.classes) ^ set(test.classes))[0]
-        raise ValueError(f"{root}: class '{odd}' is in only one of train/ and test/")
-    for path, _ in train.samples + test.samples:
-        try:
-            train.loader(path)
-        except (OSError, SyntaxError) as error:
-            raise OSError(f"{path} is not a picture that can be read: {error}") from error
-    augmented, plain = transforms(image_size)
-    fifth = len(train) // 5
-    if not fifth:
-        raise ValueError(f"{root} has {len(train)} training pictures; at least 5 are needed")
-    rest = subset(train, fifth, len(train))
-    return Data(
-        Single(rest, augmented if augment else plain),
-        Single(rest, plain),
-        Single(subset(train, 0, fifth), plain),
-        Single(test, plain),
-        [len(train.classes)],
-    )
+    train, test, classes = read_splits(root)
+    count = int(len(train) * held_out)
+    if not count:
+        raise ValueError(
+            f"{root} has {len(train)} training pictures; at least {math.ceil(1 / held_out)} are "
+            "needed"
+        )
+    val, rest = subset(train, 0, count), subset(train, count, len(train))
+    data = Data(rest, rest, val, test, [len(classes)])
+    if shots is not None:
+        data = take(data, shots)
+    shape = next(iter(train.sizes))[::-1] if len(train.sizes) == 1 else None
+    return in_bytes(data, image_size, augment, shape)
+
+
+# ----------------------------------------------------------------------- decoded once, where small
+
+
+def in_bytes(
+    data: Data,
+    size: int,
+    augment: bool,
+    shape: tuple[int, int] | None = None,
+    first_class: int = 0,
+) -> Data:
+    """Splits of (PIL picture, class number) → of bytes and labels, kept in memory where small.
+
+    shape: height and width of every training picture, where all have the same. If no side is
+    longer than `size`, they are kept as they are, to be augmented in batches.
+    """
+    augmented, plain = transforms(size)
+    rest, val, test = (Single(split, plain, first_class) for split in data[1:4])
+    if fits(len(rest) + len(val), size, size):  # the two together, since `whole` joins them
+        rest, val = keep(rest, size), keep(val, size)
+    if fits(len(test), size, size):
+        test = keep(test, size)
+    train = rest
+    if augment:
+        train = Single(data.train, augmented, first_class)
+        if shape == (size, size) and isinstance(rest, Resident):
+            train = replace(rest, augment="crop+flip")
+        elif shape and max(shape) <= size and fits(len(rest), *shape):
+            as_it_is = Single(data.train, v2.Compose([to_rgb, v2.PILToTensor()]), first_class)
+            train = keep(as_it_is, size, "crop+flip") or train
+    return Data(train, rest, val, test, data.factors)
+
+
+def fits(count: int, height: int, width: int) -> bool:
+    return count * 3 * height * width <= MOST_KEPT
+
+
+def keep(split: Dataset, size: int, augment: str | None = None) -> Resident | None:
+    """A split with every picture decoded, by threads; None if they turn out unlike in size.
+
+    A header tells the size before a picture is turned as its EXIF tag says.
+    """
+    with ThreadPool(torch.get_num_threads()) as pool:
+        decoded = pool.imap(split.__getitem__, range(len(split)), chunksize=16)
+        pairs = list(tqdm(decoded, "decoding", len(split), leave=False))
+    pictures, labels = zip(*pairs)
+    if len({picture.shape for picture in pictures}) > 1:
+        return None
+    return Resident(torch.stack(pictures), torch.stack(labels), size, augment)
 
 
 # ------------------------------------------------------------------------------- VTAB-1k and FGVC
 
-# VTAB's 19 tasks in its order, and FGVC's five: group, and why torchvision cannot give it, if so
+# VTAB's 19 tasks in its order, FGVC's five, and six real tasks for small backbones [us], which say
+# something at 32 px already: group, and why torchvision cannot give it, if so
 MISSING = "torchvision does not have it"
 VTAB = {
     "cifar100": ("natural", None),
@@ -367,13 +412,21 @@ FGVC = {
     "stanford_dogs": ("fine-grained", MISSING),
     "stanford_cars": ("fine-grained", None),
 }
+REAL = {
+    "cifar100": ("natural", None),
+    "cifar10": ("natural", None),
+    "caltech101": ("natural", None),
+    "aid": ("specialised", MISSING),
+    "bloodcells": ("specialised", MISSING),
+    "gtsrb": ("signs", "torchvision's files of it are not read here"),
+}
 # a crop or a flip would change what is asked: place, direction, distance or number
 STRUCTURED = {name for name, (group, _) in VTAB.items() if group == "structured"}
-SUITES = {"vtab": VTAB, "fgvc": FGVC}
+SUITES = {"vtab": VTAB, "fgvc": FGVC, "real": REAL}
 
 
 def suite(name: str, data_dir: str = "data") -> tuple[list[str], dict[str, str]]:
-    """Which tasks of "vtab" or "fgvc" can be loaded, and why each of the others cannot.
+    """Which tasks of "vtab", "fgvc" or "real" can be loaded, and why each of the others cannot.
 
     A task can be where torchvision has it, or where `<data_dir>/<task>/` is a folder with
     train/<class>/ and test/<class>/ pictures; whether a download succeeds is not tried.
@@ -382,7 +435,7 @@ def suite(name: str, data_dir: str = "data") -> tuple[list[str], dict[str, str]]
     `whole`. Not VTAB's own are [us]: the 1000 pictures, which are the first of our shuffled order;
     the test pictures of eurosat, caltech101 and sun397, a random fifth; caltech101's classes,
     torchvision's 101 without the background. FGVC's sets have a fifth for validation where they
-    bring none.
+    bring none, and so have those of "real", six real tasks for small backbones.
     """
     left_out = {
         task: reason
@@ -410,7 +463,8 @@ def load_named(args: Namespace, size: int) -> Data:
             "without --image-size"
         )
     shots = 1000 if args.protocol else args.shots
-    data = load(args.dataset, args.task, args.data_dir, size, shots)
+    held_out = 0.02 if getattr(args, "pretrain", False) else 0.2
+    data = load(args.dataset, args.task, args.data_dir, size, shots, held_out=held_out)
     return (unaugmented(data) if args.protocol else data).to(args.device)
 
 
