@@ -10,7 +10,6 @@ import json
 import math
 from argparse import Namespace
 from dataclasses import dataclass, replace
-from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import NamedTuple
 
@@ -363,23 +362,21 @@ def fits(count: int, height: int, width: int) -> bool:
 
 
 def keep(split: Dataset, size: int, augment: str | None = None) -> Resident | None:
-    """A split with every picture decoded, by threads; None if they turn out unlike in size.
+    """A split with every picture decoded; None if they turn out to differ in size.
 
     A header tells the size before a picture is turned as its EXIF tag says.
     """
-    with ThreadPool(torch.get_num_threads()) as pool:
-        decoded = pool.imap(split.__getitem__, range(len(split)), chunksize=16)
-        pairs = list(tqdm(decoded, "decoding", len(split), leave=False))
-    pictures, labels = zip(*pairs)
+    numbers = tqdm(range(len(split)), desc="decoding", leave=False)
+    pictures, labels = zip(*(split[i] for i in numbers))
     if len({picture.shape for picture in pictures}) > 1:
         return None
     return Resident(torch.stack(pictures), torch.stack(labels), size, augment)
 
 
-# ------------------------------------------------------------------------------- VTAB-1k and FGVC
+# -------------------------------------------------------------------- VTAB-1k, FGVC and real tasks
 
-# VTAB's 19 tasks in its order, FGVC's five, and six real tasks for small backbones [us], which say
-# something at 32 px already: group, and why torchvision cannot give it, if so
+# VTAB's 19 tasks in its order, FGVC's five, and six real tasks that suit backbones of 32 px [us]:
+# group, and why torchvision cannot give it, if so
 MISSING = "torchvision does not have it"
 VTAB = {
     "cifar100": ("natural", None),

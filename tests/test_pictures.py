@@ -1,4 +1,4 @@
-"""data.py: sprites ask what they say they ask, and real sets arrive with the right labels.
+"""lab/pictures.py: sprites ask what they say they ask, real sets arrive with the right labels.
 
 Batches made in memory are what torchvision's transforms make of single pictures.
 """
@@ -11,6 +11,7 @@ import re
 import sys
 import urllib.error
 import urllib.request
+from argparse import Namespace
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -869,21 +870,6 @@ def test_a_folder_without_train_or_test_is_refused(folder, split):
         load_folder(folder)
 
 
-@pytest.mark.parametrize("split", ["train", "test"])
-def test_an_empty_class_folder_is_named(folder, split):
-    for path in (folder / split / "dog").iterdir():
-        path.unlink()
-    with pytest.raises(ValueError, match=f"{split}.*dog"):
-        load_folder(folder)
-
-
-@pytest.mark.parametrize("split", ["train", "test"])
-def test_a_class_that_is_in_one_split_alone_is_named(folder, split):
-    Picture(30, split, 2).save(folder / split / "hamster" / "30.png")
-    with pytest.raises(ValueError, match="'hamster'.*only one"):
-        load_folder(folder)
-
-
 def test_a_folder_without_any_class_is_refused(tmp_path):
     for split in ("train", "test"):
         (tmp_path / "pets" / split).mkdir(parents=True)
@@ -913,32 +899,142 @@ def test_a_broken_picture_is_named(folder, split, name, break_it):
         load_folder(folder)
 
 
-@pytest.mark.parametrize(
-    "mode, kind", [("L", "png"), ("RGBA", "png"), ("P", "png"), ("1", "png"), ("CMYK", "jpg")]
-)
-def test_pictures_of_other_colour_modes_arrive_as_rgb(folder, mode, kind):
-    for path in (folder / "test" / "cat").iterdir():
-        path.unlink()
-    Image.new("RGB", (20, 10), "white").convert(mode).save(folder / f"test/cat/odd.{kind}")
-    with Image.open(folder / f"test/cat/odd.{kind}") as saved:
-        assert saved.mode == mode
-    image, label = load_folder(folder).test[0]
-    assert image.shape == (3, 32, 32) and image.min() > 250
-    assert label.tolist() == [0]
+def noisy(folder: Path, *shapes: tuple[int, int]) -> Path:
+    """The folder's pictures replaced by noise of these heights and widths in turn, as PNG."""
+    for i, path in enumerate(sorted(folder.rglob("*.*"))):
+        height, width = shapes[i % len(shapes)]
+        pixels = torch.randint(256, (height, width, 3), dtype=torch.uint8)
+        Image.fromarray(pixels.numpy()).save(path.with_suffix(".png"))
+        if path.suffix != ".png":
+            path.unlink()
+    return folder
 
 
-# ------------------------------------------------------------------------------- VTAB-1k and FGVC
+def assert_same_bytes(split: Dataset, other: Dataset) -> None:
+    for (picture, label), (expected, number) in zip(each(split), each(other), strict=True):
+        assert torch.equal(picture, expected) and torch.equal(label, number)
+
+
+@pytest.mark.parametrize("shapes", [[(32, 32)], [(20, 28)], [(40, 32)], [(50, 40), (10, 33)]])
+def test_pictures_kept_in_memory_are_bit_for_bit_those_decoded_when_asked(
+    shapes, folder, monkeypatch
+):
+    kept = load_folder(noisy(folder, *shapes))
+    monkeypatch.setattr(sets, "MOST_KEPT", 0)
+    single = load_folder(folder)
+    assert not any(isinstance(split, batches.Resident) for split in single[:4])
+    for name in ("plain", "val", "test"):
+        split = getattr(kept, name)
+        assert isinstance(split, batches.Resident) and split.pictures.shape[2:] == (32, 32)
+        assert_same_bytes(split, getattr(single, name))
+    assert_same_bytes(sets.unaugmented(kept).train, single.plain)
+    assert_same_bytes(sets.whole(kept).train, sets.whole(single).train)
+
+
+def test_training_pictures_that_are_small_and_alike_are_augmented_in_batches(folder):
+    train, plain = load_folder(noisy(folder, (32, 32)))[:2]
+    assert train.pictures is plain.pictures and plain.augment is None
+    train, plain = load_folder(noisy(folder, (20, 28)))[:2]
+    assert train.pictures.shape == (16, 3, 20, 28) and train[[0, 1]][0].shape == (2, 3, 32, 32)
+    assert train.augment == "crop+flip" and torch.equal(train.labels, plain.labels)
+    resize = sets.transforms(32)[1]
+    for picture, expected in zip(train.pictures, plain.pictures, strict=True):
+        assert torch.equal(resize(v2.functional.to_pil_image(picture)), expected)
+
+
+@pytest.mark.parametrize("shapes", [[(40, 32)], [(32, 33)], [(20, 20), (20, 21)]])
+def test_training_pictures_that_are_large_or_unlike_are_decoded_when_asked(shapes, folder):
+    loaded = load_folder(noisy(folder, *shapes))
+    assert isinstance(loaded.train, sets.Single)
+    assert all(image.shape == (3, 32, 32) for image, _ in each(loaded.train))
+
+
+def test_pictures_alike_but_turned_by_their_exif_tag_are_decoded_when_asked(folder):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    path = sorted(noisy(folder, (20, 28)).rglob("train/*/*.png"))
+    for one in path[::2]:
+        with Image.open(one) as image:
+            image.save(one, exif=exif)
+    loaded = load_folder(folder)
+    assert isinstance(loaded.train, sets.Single) and isinstance(loaded.plain, batches.Resident)
+    assert all(image.shape == (3, 32, 32) for image, _ in each(loaded.train))
+
+
+def test_what_does_not_fit_in_memory_is_decoded_when_asked(folder, monkeypatch):
+    monkeypatch.setattr(sets, "MOST_KEPT", 20 * 3 * 32 * 32)  # the labelled and the test pictures
+    assert all(isinstance(split, batches.Resident) for split in load_folder(folder)[:4])
+    monkeypatch.setattr(sets, "MOST_KEPT", 20 * 3 * 32 * 32 - 1)
+    loaded = load_folder(folder)
+    kept = [isinstance(split, batches.Resident) for split in loaded[:4]]
+    assert kept == [True, False, False, True]
+    assert len(sets.whole(loaded).train) == 20
+
+
+def test_only_the_shots_are_decoded_and_they_are_those_of_the_whole_set(folder, monkeypatch):
+    pictures = load_folder(noisy(folder, (40, 40)))
+    expected = sets.take(pictures, 10)
+    read, opened = [], sets.to_rgb
+    monkeypatch.setattr("lab.folders.to_rgb", lambda image: read.append(1) or opened(image))
+    loaded = load_folder(folder, shots=10)
+    assert len(read) == 10 + len(loaded.test)
+    for name in ("plain", "val", "test"):
+        assert_same_bytes(getattr(loaded, name), getattr(expected, name))
+
+
+def test_one_picture_in_memory_is_had_by_its_number():
+    resident = in_memory(size=40)
+    picture, label = resident[3]
+    assert torch.equal(picture, resident[[3]][0][0]) and label.tolist() == [3, 4]
+
+
+@pytest.mark.parametrize("pretrain, held_out", [(True, 1), (False, 10), (None, 10)])
+def test_a_pretraining_holds_out_a_fiftieth_and_all_else_a_fifth(
+    pretrain, held_out, folder, small_set
+):
+    flags = {"dataset": "pets", "data_dir": str(folder.parent), "task": "shape", "shots": None}
+    flags |= {"protocol": None, "device": torch.device("cpu")}
+    flags |= {} if pretrain is None else {"pretrain": pretrain}
+    for i in range(30):
+        Picture(20, "train", 0).save(folder / "train" / "cat" / f"more{i}.png")
+    loaded = sets.load_named(Namespace(**flags), 32)
+    assert (len(loaded.train), len(loaded.val)) == (50 - held_out, held_out)
+    small_set(write_cifar10, some_pictures(2, train=50, test=2))
+    loaded = sets.load_named(Namespace(**flags | {"dataset": "cifar10"}), 32)
+    assert (len(loaded.train), len(loaded.val)) == (50 - held_out, held_out)
+
+
+def test_validation_pictures_are_the_first_of_the_shuffled_order(folder):
+    order = torch.randperm(20, generator=torch.Generator().manual_seed(0)).tolist()
+    listed = torchvision.datasets.ImageFolder(str(folder / "train"))
+    for held_out, count in ((0.2, 4), (0.5, 10)):
+        loaded = sets.from_folder(folder, 32, held_out=held_out)
+        for split, numbers in ((loaded.val, order[:count]), (loaded.plain, order[count:])):
+            expected = [v2.functional.pil_to_tensor(listed[i][0]) for i in numbers]
+            assert torch.equal(split.pictures, torch.stack(expected))
+            assert split.labels[:, 0].tolist() == [listed[i][1] for i in numbers]
+
+
+# -------------------------------------------------------------------- VTAB-1k, FGVC and real tasks
 
 
 def test_vtab_has_its_19_tasks_and_fgvc_its_five():
     groups = [group for group, _ in sets.VTAB.values()]
     assert [groups.count(g) for g in ("natural", "specialised", "structured")] == [7, 4, 8]
     assert groups == sorted(groups) and len(sets.FGVC) == 5
-    for task, (_, reason) in (sets.VTAB | sets.FGVC).items():
+    for task, (_, reason) in (sets.VTAB | sets.FGVC | sets.REAL).items():
         assert (reason is None) == (task in sets.TORCHVISION)
 
 
-@pytest.mark.parametrize("name, table", [("vtab", sets.VTAB), ("fgvc", sets.FGVC)])
+def test_the_real_tasks_are_six_of_three_groups():
+    assert {task: group for task, (group, _) in sets.REAL.items()} == {
+        **dict.fromkeys(["cifar100", "cifar10", "caltech101"], "natural"),
+        **dict.fromkeys(["aid", "bloodcells"], "specialised"),
+        "gtsrb": "signs",
+    }
+
+
+@pytest.mark.parametrize("name, table", sets.SUITES.items())
 def test_a_suite_is_what_torchvision_has_and_the_folders_that_are_there(name, table, tmp_path):
     tasks, left_out = sets.suite(name, str(tmp_path))
     assert tasks == [task for task in table if task in sets.TORCHVISION]
@@ -952,7 +1048,10 @@ def test_a_suite_is_what_torchvision_has_and_the_folders_that_are_there(name, ta
     assert fewer == {task: reason for task, reason in left_out.items() if task != some}
 
 
-@pytest.mark.parametrize("task", ["resisc45", "stanford_dogs", "dtd", "dsprites_loc"])
+@pytest.mark.parametrize(
+    "task",
+    ["resisc45", "stanford_dogs", "dtd", "dsprites_loc", "cifar10", "food101", "aid", "mine"],
+)
 def test_a_tasks_own_folder_is_read(task, folder):
     pictures = some_pictures(2, train=20, test=6)
     folder.rename(folder.parent / task)
@@ -962,7 +1061,20 @@ def test_a_tasks_own_folder_is_read(task, folder):
     assert sorted(read_back(loaded.val) + read_back(loaded.plain)) == of(pictures, "train")
 
 
-@pytest.mark.parametrize("task, varied", [("resisc45", True), ("smallnorb_azi", False)])
+def test_a_path_is_not_looked_for_below_the_data_folder(folder, monkeypatch):
+    for place in (folder / "data", folder.parent / "elsewhere"):
+        place.mkdir()
+    monkeypatch.chdir(folder.parent / "elsewhere")
+    with pytest.raises(ValueError, match="no folder train/"):  # pets/data/.. would be a set
+        sets.load("..", data_dir=str(folder / "data"), image_size=32)
+    with pytest.raises(ValueError, match="neither a folder"):
+        sets.load("data/../../pets", data_dir=str(folder), image_size=32)
+
+
+@pytest.mark.parametrize(
+    "task, varied",
+    [("resisc45", True), ("cifar10", True), ("smallnorb_azi", False), ("svhn", False)],
+)
 def test_pictures_whose_place_or_direction_is_asked_for_are_not_augmented(task, varied, folder):
     for path in folder.rglob("*.*"):
         dark_on_the_left().save(path)
