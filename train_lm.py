@@ -252,17 +252,19 @@ def adapt(model: models.LLaMA, args: argparse.Namespace) -> models.LLaMA:
     return model
 
 
-def train(model: nn.Module, job: Job, args: argparse.Namespace, out: Path | None, note: str):
-    """Train an adapted model in place: loop.train_and_measure's history and figures."""
+def fit(model: nn.Module, job: Job, args: argparse.Namespace, out: Path | None, note: str):
+    """Train what requires a gradient: loop.fit on questions, or on the corpus."""
 
     def loss_of(model: nn.Module, batch: tuple) -> Tensor:
         return token_loss(model, *(x.to(args.device, non_blocking=True) for x in batch))
 
-    def work() -> list[dict]:
-        unit = "windows" if args.tasks == ["corpus"] else "questions"
-        return loop.fit(model, job.loader, loss_of, job.validate, args, out, note, unit)
+    unit = "windows" if args.tasks == ["corpus"] else "questions"
+    return loop.fit(model, job.loader, loss_of, job.validate, args, out, note, unit)
 
-    return loop.train_and_measure(model, args, note, work)
+
+def train(model: nn.Module, job: Job, args: argparse.Namespace, out: Path | None, note: str):
+    """Train an adapted model in place: loop.train_and_measure's history and figures."""
+    return loop.train_and_measure(model, args, note, lambda: fit(model, job, args, out, note))
 
 
 def run(args: argparse.Namespace) -> None:
@@ -331,10 +333,22 @@ def compare(args: argparse.Namespace) -> None:
         model = adapt(load_model(own)[0], own)
         return model, train(model, job, own, None, note)[1]
 
-    for method, rates in LEARNING_RATES.items():
-        own = loop.changed(args, method=method)
-        key = {"task": task, "model": name, "method": method}
-        rates = [args.lr] if args.lr else rates
+    def time_step(name: str) -> tuple[float, int]:
+        """Seconds of a training step of full fine-tuning, and steps of a run."""
+        some = job.loader.dataset[: 4 * args.batch_size]
+        few = DataLoader(some, args.batch_size, collate_fn=collate)
+        own = loop.changed(args, method="full", epochs=2, warmup_epochs=0, lr=1e-9)
+        model = adapt(load_model(own)[0], own)  # the first epoch warms up
+        history = fit(model, job._replace(loader=few, validate=None), own, None, "timing a step")
+        return history[-1]["seconds"] / len(few), args.epochs * len(job.loader)
+
+    searches = [
+        ({"task": task, "model": name, "method": method}, [args.lr] if args.lr else [*rates])
+        for method, rates in LEARNING_RATES.items()
+    ]
+    tables.announce(searches, args, journal, time_step)
+    for key, rates in searches:
+        own = loop.changed(args, method=key["method"])
         lines += tables.search(own, key, rates, train_one, job.test, journal)
     tables.save_tables(lines, Path(args.out))
 

@@ -92,6 +92,7 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     add("--pretrain", action="store_true", help="a new backbone: all of it, from nothing")
     add("--ablation", action="store_true", help="SAN's variants compared, as --compare does")
     add("--compile", action="store_true", help="torch.compile what is trained")
+    add("--methods", nargs="+", choices=list(LEARNING_RATES), help="of --compare; default: all")
     add("--table", nargs="+", metavar="RUN", help="comparisons' results.jsonl as Markdown tables")
     add("--plot", nargs="+", metavar="RUN", help="pictures of runs and comparisons, into --out")
     loop.add_flags(p, METHODS, epochs=None, batch=32)
@@ -106,6 +107,8 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
         p.error("--pretrain makes one backbone, without --method, --shots or a comparison")
     if args.pretrain:
         args.method, args.weights = "full", "none"
+    if args.methods and not args.compare:
+        p.error("--methods names those of --compare; a run has one --method")
     if args.protocol and args.shots:
         p.error("--protocol vtab1k says how many pictures are labelled; leave --shots out")
     if not tabulates(args) and (len(args.model) > 1 or args.task == "all"):
@@ -202,11 +205,17 @@ def score(model: nn.Module, split: Dataset, factors: list[int], args: argparse.N
 
 
 def test(model: nn.Module, data: Data, args: argparse.Namespace) -> tuple[Tensor, dict]:
-    """Outputs on the test split, and accuracies, 0 … 1: each factor's and their mean."""
+    """Outputs on the test split, and accuracies, 0 … 1: each factor's and their mean.
+
+    Of one factor also right: which pictures' answers were, as `tables.pack` puts it.
+    """
     model.eval()
     outputs, labels = outputs_of(model, data.test, args, "test")
     accuracies = factor_accuracy(outputs, labels, data.factors)
-    return outputs, {"test": sum(accuracies) / len(accuracies), "factors": accuracies}
+    scores = {"test": sum(accuracies) / len(accuracies), "factors": accuracies}
+    if len(data.factors) == 1:
+        scores["right"] = tables.pack(outputs.argmax(1) == labels[:, 0])
+    return outputs, scores
 
 
 # -------------------------------------------------------------------------------------- one run
@@ -260,25 +269,35 @@ def evaluate_run(args: argparse.Namespace) -> None:
 
 
 def compare(args: argparse.Namespace) -> None:
-    """Methods on tasks and models, learning rates chosen on validation; two tables.
+    """Methods on tasks and models, learning rates chosen on validation; tables of them.
 
-    The methods are args.method, all with --compare, and with --ablation SAN's variants.
+    The methods are args.method; with --compare args.methods or all; with --ablation SAN's variants.
     Of several tasks, one whose data cannot be had is left out and said so. Raises OSError if none
     can.
     """
     tasks = pictures.tasks_named(args)
-    rows = VARIANTS if args.ablation else LEARNING_RATES if args.compare else [args.method]
+    rows = args.methods or LEARNING_RATES if args.compare else [args.method]
+    rows = VARIANTS if args.ablation else rows
     rows_of = {
         name: [row for row in rows if row not in FOR_VIT or models.SIZES[name][0] is models.ViT]
         for name in args.model
     }
     if not any(rows_of.values()):
-        raise ValueError(f"{args.method} is for a ViT's tokens alone; give --model vit_… with it")
+        raise ValueError(f"{[*rows][0]} is for a ViT's tokens alone; give --model vit_… with it")
     for row in dict.fromkeys(row for own in rows_of.values() for row in own):
         print(f"learning rates for {row}: {', '.join(f'{rate:g}' for rate in rates_of(row, args))}")
     kind = args.protocol or ("ablation" if args.ablation else "compare")
     args.out = args.out or f"runs/{kind}-{set_name(args)}"
     journal, lines = tables.journal_of(args, Path(args.out)), []
+    searches = [
+        (key_of(task, name, row), rates_of(row, args))
+        for name, own in rows_of.items()
+        for task in tasks
+        for row in own
+    ]
+    tables.announce(
+        searches, args, journal, lambda name: time_step(tasks, name, rows_of[name], args)
+    )
     for name in args.model:
         for task in tasks:
             if task.lacking:
@@ -311,10 +330,9 @@ def measure(
 
     lines = []
     for row in rows:
-        own = (VARIANTS if args.ablation else ROWS).get(row, {"method": row})
         lines += tables.search(
-            loop.changed(args, **own),
-            {"task": task.name, "model": name, "method": row, "group": task.group},
+            settings_of(row, args),
+            key_of(task, name, row),
             rates_of(row, args),
             train_one,
             lambda model: test(model, data(), args),
@@ -322,6 +340,40 @@ def measure(
             again=bool(args.protocol),
         )
     return lines
+
+
+def key_of(task: Task, name: str, row: str) -> dict:
+    """What the journal calls a method's or variant's runs on a task."""
+    return {"task": task.name, "model": name, "method": row, "group": task.group}
+
+
+def settings_of(row: str, args: argparse.Namespace) -> argparse.Namespace:
+    """The settings of a method or variant."""
+    return loop.changed(args, **(VARIANTS if args.ablation else ROWS).get(row, {"method": row}))
+
+
+def time_step(
+    tasks: list[Task], name: str, rows: list[str], args: argparse.Namespace
+) -> tuple[float, int]:
+    """Seconds of a training step, and steps of a run, on the first task whose data can be had.
+
+    The step is that of full fine-tuning, the slowest but for vpt, where it is compared.
+    """
+    for task in tasks:
+        try:
+            data = pictures.load_named(task.args, size_of(name, args))
+            break
+        except (OSError, ValueError):
+            if task is tasks[-1]:
+                raise
+    few = data._replace(train=pictures.subset(data.train, 0, 4 * args.batch_size), val=None)
+    own = settings_of("full" if "full" in rows else rows[0], args)
+    own = loop.changed(own, epochs=2, warmup_epochs=0, lr=1e-9)  # the first epoch warms up
+    model = load_model(own, name, data.factors)
+    methods.adapt(model, own.method, own)
+    history = fit(loop.on_device(model, own.device), few, own, None, "timing a step")
+    steps = args.epochs * len(loader(data.train, args, shuffle=True))
+    return history[-1]["seconds"] / len(loader(few.train, args, shuffle=True)), steps
 
 
 def rates_of(row: str, args: argparse.Namespace) -> list[float]:

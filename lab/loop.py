@@ -158,7 +158,17 @@ def changed(args: argparse.Namespace, **own) -> argparse.Namespace:
 
 def settings(args: argparse.Namespace) -> dict:
     """The settings that decide a run's numbers; where it reads and writes does not."""
-    free = ("out", "resume", "device", "data_dir", "evaluate", "compare", "table", "plot")
+    free = (
+        "out",
+        "resume",
+        "device",
+        "data_dir",
+        "evaluate",
+        "compare",
+        "table",
+        "plot",
+        "methods",
+    )
     return {key: value for key, value in vars(args).items() if key not in free}
 
 

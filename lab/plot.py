@@ -2,6 +2,7 @@
 
     curves.png    validation accuracy and training loss by epoch, all runs together
     accuracy.png  a comparison's methods: test accuracy against trained parameters
+    forest.png    a comparison's methods: test accuracy less SAN's, with 95 % intervals
     gamma.png     every layer's γ: its histogram, and its channels from depressed to potentiated
     change.png    ‖W* − W‖ / ‖W‖ of every layer, all runs together
 
@@ -96,6 +97,7 @@ def draw(runs: list[Path], out: Path, base_of: Callable[[dict], dict[str, Tensor
     figures = {
         "curves.png": curves(trained),
         "accuracy.png": accuracy(lines),
+        "forest.png": forest(lines),
         "gamma.png": gamma(trained),
         "change.png": change(trained, base_of),
     }
@@ -315,6 +317,38 @@ def _label(axes: "Axes", found: list[Point]) -> None:
                 text.set_position([s / dot for s in shift])
         text.arrow_patch.set_visible(line)
         taken.append(place)
+
+
+def forest(lines: list[dict]) -> "Figure | None":
+    """Each method's test accuracy less SAN's, as `tables.paired` has it, and 95 % intervals.
+
+    lines: those of results.jsonl. A panel per model, the best method on top; below each mean over
+    tasks lie small dots, the single tasks. None where no line tells which pictures were right.
+    """
+    panels: dict[str, list[tuple[str, tables.Paired]]] = {}
+    for (model, method, _), pair in tables.paired(lines, tables.reference(lines)).items():
+        panels.setdefault(model, []).append((method, pair))
+    if not panels:
+        return None
+    most, columns = max(map(len, panels.values())), min(2, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    figure = _figure(9.5 if columns > 1 else 6.5, rows * (0.42 * most + 0.9))
+    for i, (model, found) in enumerate(panels.items()):
+        found.sort(key=lambda one: -one[1].difference.value)
+        axes = figure.add_subplot(rows, columns, i + 1)
+        axes.axvline(0, color="black", linewidth=0.9)
+        for row, (style, (_, pair)) in enumerate(zip(styles([m for m, _ in found]), found)):
+            value, low, high = (100 * number for number in pair.difference)
+            bar = [[value - low], [high - value]]
+            axes.errorbar(value, row, xerr=bar, **style | {"linestyle": "none", "elinewidth": 1.5})
+            if len(pair.tasks) > 1:
+                single = [100 * own.value for own in pair.tasks.values()]
+                axes.scatter(single, [row + 0.3] * len(single), s=7, color=style["color"])
+        axes.set_yticks(range(len(found)), [pair.label for _, pair in found])
+        axes.set_ylim(len(found) - 0.4, -0.5)
+        _name(axes, model, "test accuracy less SAN's, points", "")
+        axes.tick_params(axis="y", labelsize=9, length=0)
+    return figure
 
 
 def gamma(runs: list[Run]) -> "Figure | None":

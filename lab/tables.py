@@ -1,17 +1,27 @@
 """Many runs: a learning rate searched for each method, results kept run by run, tables of them."""
 
 import argparse
+import base64
 import json
+import math
 import shlex
 import statistics
 import sys
+import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lab import loop
+
+WIDEN = 2  # rates that a search may add to its grid
+DRAWS = 2000  # of the bootstrap
+Key = tuple[str, str, str]  # model, method, options as JSON: what makes a row of a table
 
 
 class Journal:
@@ -45,8 +55,8 @@ class Journal:
     def add(self, line: dict) -> dict:
         """Append a line, with the options. Raises OSError if it cannot be written."""
         line = line | {"options": self.options}
-        with self.path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        with self.path.open("ab", buffering=1 << 20) as file:  # one write: lines never mix
+            file.write((json.dumps(line) + "\n").encode())
         self.lines.append(line)
         return line
 
@@ -76,52 +86,118 @@ def search(
 ) -> list[dict]:
     """Choose a learning rate on validation, then train and score with every seed.
 
-    Returns the journal's lines of the scored runs.
+    Returns the journal's lines of all that: rates tried, and scored runs.
 
     key: the task, model and method; rates: those to choose from.
     train(args, note, last): a model and its figures, at args.lr and args.seed; note: what to call
     the run; last is False while rates are tried. test: as for `loop.score_and_merge`.
-    Every rate is tried with seed 0; the best by validation is scored on the test split, then the
-    other seeds; again: the best is trained anew with seed 0 too, since its last training differs.
-    A rate at which the loss does not stay finite is out, and recorded with val None.
+    Every rate is tried with seed 0. While the best by validation is the lowest or the highest, the
+    next one `beyond` is tried as well, WIDEN at most and none where one rate is given. The best is
+    scored on the test split, then the other seeds; again: the best is trained anew with seed 0 too,
+    since its last training differs.
+    A rate at which the loss does not stay finite is worse than all, and recorded with val None.
+    A line's wall is the seconds that its run took, with scoring where it is scored.
     """
 
     def trained(rate: float, seed: int, last: bool) -> tuple[nn.Module, dict]:
-        note = f"{key['model']} {key['method']} seed {seed}"
+        note, started = f"{key['model']} {key['method']} seed {seed}", time.perf_counter()
         model, figures = train(loop.changed(args, lr=rate, seed=seed), note, last)
         model.zero_grad()  # the best is kept while others train: without its gradients
         if figures["val"] is not None:
             print(f"  validation {100 * figures['val']:.1f} %", flush=True)
-        return model, figures
+        return model, figures | {"wall": time.perf_counter() - started}
 
-    kept, tried = None, {}
-    for rate in rates:
+    rates, tried, lines, kept = [*dict.fromkeys(rates)], {}, [], None
+    most = len(rates) + WIDEN if len(rates) > 1 else 1
+    while len(tried) < len(rates):
+        rate, model = rates[len(tried)], None
         run = key | {"part": "search", "lr": rate, "seed": 0}
-        if not (lines := journal.find(run)):
+        if not (found := journal.find(run)):
             try:
                 model, figures = trained(rate, 0, last=False)
             except FloatingPointError as error:
-                model, figures = None, {"val": None}
+                figures = {"val": None}
                 print(f"  {error}")
-            lines = [journal.add(run | figures)]
-            if figures["val"] is not None and figures["val"] > max(tried.values(), default=-1):
-                kept = rate, model, figures
-        if lines[0]["val"] is not None:
-            tried[rate] = lines[0]["val"]
-    if not tried:
+            found = [journal.add(run | figures)]
+        lines.append(found[0])
+        tried[rate] = -math.inf if found[0]["val"] is None else found[0]["val"]
+        if model and choice(tried) == rate:
+            kept = rate, model, figures
+        if len(tried) == len(rates) < most and (further := beyond(tried)):
+            print(f"  the best rate, {choice(tried):g}, is the grid's end: trying {further:g} too")
+            rates.append(further)
+    rate = choice(tried)
+    if tried[rate] == -math.inf:
         raise FloatingPointError(f"{key['method']} stayed finite at no learning rate of {rates}")
-    rate, scored = max(tried, key=tried.get), []
     for seed in range(args.seeds):
         run = key | {"part": "test", "lr": rate, "seed": seed}
-        if lines := journal.find(run):
-            scored.append(lines[-1])
+        if found := journal.find(run):
+            lines.append(found[-1])
             continue
         if seed == 0 and kept and kept[0] == rate and not again:
             _, model, figures = kept
         else:
             model, figures = trained(rate, seed, last=True)
-        scored.append(journal.add(run | figures | loop.score_and_merge(model, test)))
-    return scored
+        started = time.perf_counter()
+        scores = loop.score_and_merge(model, test)
+        wall = figures["wall"] + time.perf_counter() - started
+        lines.append(journal.add(run | figures | scores | {"wall": wall}))
+    return lines
+
+
+def choice(tried: dict[float, float]) -> float:
+    """The rate with the best validation accuracy; of equals, the nearest to the grid's middle."""
+    grid = sorted(tried)
+    return max(grid, key=lambda rate: (tried[rate], -abs(2 * grid.index(rate) - len(grid) + 1)))
+
+
+def beyond(tried: dict[float, float]) -> float | None:
+    """The half decade, 1 or 3 · 10ᵏ, past the end of the grid where the best rate lies.
+
+    tried: rate → validation accuracy. None if the best is no end, or no rate stayed finite. Past
+    0.02 and 0.03 lies 0.1, below 0.001 lies 0.0003.
+    """
+    best = choice(tried)
+    if best not in (min(tried), max(tried)) or tried[best] == -math.inf:
+        return None
+    halves = round(2 * math.log10(best) + (1 if best == max(tried) else -1))
+    return float(f"{3 if halves % 2 else 1}e{halves // 2}")
+
+
+def announce(
+    searches: list[tuple[dict, list[float]]],
+    args: argparse.Namespace,
+    journal: Journal,
+    time_step: Callable[[str], tuple[float, int]],
+) -> None:
+    """Print how many runs the journal leaves to do, and about how long they take.
+
+    searches: each one's key and rates; how a grid will be widened is not foreseen.
+    A model's run takes as long as its runs in the journal do on average. Where there is none,
+    time_step(model) gives the seconds of a training step and how many a run has; validation and
+    scoring come on top.
+    """
+    left = Counter()
+    for key, rates in searches:
+        tried = {line["lr"] for line in journal.find(key | {"part": "search"})}
+        scored = {line["seed"] for line in journal.find(key | {"part": "test"})}
+        left[key["model"]] += len({*rates} - tried) + len({*range(args.seeds)} - scored)
+    seconds, paces = 0.0, []
+    for model, runs in (+left).items():
+        if walls := [line["wall"] for line in journal.find({"model": model}) if "wall" in line]:
+            each = statistics.mean(walls)
+            paces.append(f"{each:.3g} s per run of {model} so far")
+        else:
+            step, steps = time_step(model)
+            each = step * steps
+            paces.append(f"{step:.2g} s per step of {model}")
+        seconds += runs * each
+    if paces:
+        time_left = (
+            f"{seconds / 3600:.1f} hours" if seconds > 3600 else f"{seconds / 60:.0f} minutes"
+        )
+        runs = f"about {left.total()} runs of {args.epochs} epochs"
+        print(f"{runs}, {time_left} at {', '.join(paces)}", flush=True)
 
 
 def journal_of(args: argparse.Namespace, out: Path) -> Journal:
@@ -148,52 +224,79 @@ def print_tables(args: argparse.Namespace) -> None:
 
 
 def tables(lines: list[dict]) -> str:
-    """Two Markdown tables of a Journal's lines: a row for each method, and for each task of it.
+    """Markdown tables of a Journal's lines: a row for each method, and for each task of it.
 
     The first has the mean over all tasks, and over those of each group if the lines name groups;
-    it stays empty for a method that lacks one of them. Runs with other options have rows of their
-    own, which name what differs. Raises ValueError if no run is scored.
+    it stays empty for a method that lacks one of them. A third, where lines tell which pictures
+    were right, holds the methods against SAN. Runs with other options have rows of their own, which
+    name what differs. Raises ValueError if no run is scored.
     """
-    lines = [line for line in lines if line["part"] == "test"]
-    if not lines:
+    runs, tried = runs_of(lines, "test", "seed"), runs_of(lines, "search", "lr")
+    if not runs:
         raise ValueError("there is no scored run to tabulate")
-    options = [line["options"] for line in lines]
-    differ = [k for k in options[0] if any(own.get(k) != options[0][k] for own in options)]
-    runs: dict[tuple, dict[str, dict]] = {}  # model and method → task → seed → line
-    for line in lines:
-        own = [f"{key} {line['options'].get(key)}" for key in differ]
-        by_task = runs.setdefault((line["model"], ", ".join([line["method"], *own])), {})
-        by_task.setdefault(line["task"], {})[line["seed"]] = line
-    group_of = {line["task"]: line.get("group") for line in lines}
+    labels, against = labels_of(runs), reference(lines)
+    pairs = paired(lines, against)
+    group_of = {line["task"]: line.get("group") for line in lines if line["part"] == "test"}
     means = {group: [t for t in group_of if group_of[t] == group] for group in group_of.values()}
     means = {g: own for g, own in means.items() if g} | {"mean": list(group_of)}
     means = means if len(group_of) > 1 else {}
     short, long = [], []
-    for (model, method), by_task in runs.items():
+    for key, by_task in runs.items():
         seeds = {task: list(own.values()) for task, own in by_task.items()}
         accuracies = {task: [run["test"] for run in own] for task, own in seeds.items()}
         percent = next(iter(seeds.values()))[0]["percent"]
-        row = {"model": model, "method": method, "trained": f"{percent:.2f} %"}
+        row = {"model": key[0], "method": labels[key], "trained": f"{percent:.2f} %"}
         row |= {t: spread(accuracies[t]) if t in accuracies else "" for t in group_of}
         for name, own in means.items():
             whole = all(task in accuracies for task in own)
             each = [statistics.mean(accuracies[task]) for task in own] if whole else []
             row[name] = f"{100 * statistics.mean(each):.1f}" if whole else ""
         short.append(row)
-        long += [detail(own) | {"method": method} for own in seeds.values()]
-    return markdown(short) + "\n" + markdown(long)
+        for task, own in seeds.items():
+            rates = [*tried.get(key, {}).get(task, {})]
+            row = detail(own, rates) | {"method": labels[key]}
+            if pairs:
+                row["difference to SAN"] = pairs[key].tasks.get(task, "") if key in pairs else ""
+            long.append(row)
+    text = markdown(short) + "\n" + markdown(long)
+    if pairs:
+        text += f"\n{markdown(beside_san(runs, pairs, against))}\n{NOTE}\n"
+    return text
 
 
-def detail(runs: list[dict]) -> dict[str, str]:
-    """The columns of one method on one task: `runs` are its scored seeds."""
+def runs_of(lines: list[dict], part: str, by: str) -> dict[Key, dict[str, dict]]:
+    """Row of a table → task → a part's lines by their seed or lr; of two such the last."""
+    runs: dict[Key, dict[str, dict]] = {}
+    for line in lines:
+        if line["part"] == part:
+            key = line["model"], line["method"], json.dumps(line["options"], sort_keys=True)
+            runs.setdefault(key, {}).setdefault(line["task"], {})[line[by]] = line
+    return runs
+
+
+def labels_of(runs: Iterable[Key]) -> dict[Key, str]:
+    """Each row's method, with the options in which rows differ."""
+    options = {key: json.loads(key[2]) for key in runs}
+    first = next(iter(options.values()), {})
+    differ = [k for k in first if any(own.get(k) != first[k] for own in options.values())]
+    return {
+        key: ", ".join([key[1], *(f"{k} {own.get(k)}" for k in differ)])
+        for key, own in options.items()
+    }
+
+
+def detail(runs: list[dict], tried: list[float]) -> dict[str, str]:
+    """The columns of one method on one task: its scored seeds, and the learning rates tried."""
     same = min(run["merge_same"] for run in runs)
     gap = max(run["merge_difference"] for run in runs)
+    at_end = len(tried) > 1 and runs[-1]["lr"] in (min(tried), max(tried))
     return {
         **{name: runs[0][name] for name in ("model", "task", "method")},
         **{k: spread([run["parts"][k] for run in runs]) for k in runs[0].get("parts", [])},
         "test accuracy, %": spread([run["test"] for run in runs]),
         "trained": f"{runs[0]['trainable']:,} ({runs[0]['percent']:.2f} %)",
-        "lr": f"{runs[0]['lr']:g}",
+        "lr": f"{runs[-1]['lr']:g}",
+        "rates tried": (f"{len(tried)}" if tried else "") + (", end of grid" if at_end else ""),
         "s/epoch": f"{min(run['seconds'] for run in runs):.2f}",
         "peak MB": f"{max(run['memory'] for run in runs):.0f}",
         "merged = adapted": f"{100 * same:.1f} %, {gap:.0e}",
@@ -211,3 +314,175 @@ def spread(values: list[float]) -> str:
     tensor = torch.tensor(values, dtype=torch.float64) * 100
     deviation = tensor.std().item() if len(values) > 1 else 0.0
     return f"{tensor.mean().item():.1f} ± {deviation:.1f}"
+
+
+# ------------------------------------------------------------- which pictures, and against SAN
+
+NOTE = (
+    "Differences in points, with 95 % intervals over test pictures and seeds; tasks and backbones "
+    "are taken as they are. level: not decided, and about how many times the data would decide it. "
+    "s/epoch tells something where the runs had the machine to themselves."
+)
+
+
+def pack(hits: Tensor) -> str:
+    """N truth values as text: their number, and base64 of eight to a byte, the first lowest."""
+    bits = F.pad(hits.long(), (0, -len(hits) % 8)).view(-1, 8) << torch.arange(8)
+    return f"{len(hits)}:{base64.b64encode(bytes(bits.sum(1).tolist())).decode()}"
+
+
+def unpack(text: str) -> Tensor:
+    """The N truth values that `pack` made a text of. Raises ValueError for another text."""
+    try:
+        count, code = text.split(":")
+        octets = torch.tensor([*base64.b64decode(code, validate=True)], dtype=torch.long)
+        if len(octets) != -(-int(count) // 8):
+            raise ValueError(f"{len(octets)} bytes are not those of {count} pictures")
+    except ValueError as error:
+        raise ValueError(f"what a line holds as 'right' is broken: {error}") from error
+    return (octets[:, None] >> torch.arange(8) & 1).flatten()[: int(count)].bool()
+
+
+class Interval(NamedTuple):
+    """A difference of accuracies, −1 … 1, and the ends of its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        """In points: '−0.8 [−1.3, −0.2]'."""
+        value, low, high = (f"{100 * number:+.1f}".replace("-", "−") for number in self)
+        return f"{value} [{low}, {high}]"
+
+    @property
+    def verdict(self) -> str:
+        """What the interval alone says: it lies above 0, below, or holds it."""
+        return "ahead" if self.low > 0 else "behind" if self.high < 0 else "level"
+
+    @property
+    def to_decide(self) -> str:
+        """About how many times the data would decide what is level: (h / |value|)².
+
+        h is how far the interval reaches from its value towards 0; it shrinks as 1/√data.
+        """
+        if self.verdict != "level":
+            return "—"
+        if not self.value:
+            return "× ∞"
+        h = self.value - self.low if self.value > 0 else self.high - self.value
+        times = (h / self.value) ** 2
+        return f"× {times:.1f}" if times < 10 else f"× {times:,.0f}"
+
+
+class Paired(NamedTuple):
+    """A method beside SAN, with the same seeds on the same pictures."""
+
+    label: str  # the method, with the options that set it apart
+    difference: Interval  # to SAN, the mean over tasks
+    tasks: dict[str, Interval]
+
+
+def reference(lines: list[dict]) -> str:
+    """What SAN is called: in a comparison, or else in an ablation."""
+    return "san" if any(line["method"] == "san" for line in lines) else "both, shift (SAN)"
+
+
+def paired(lines: list[dict], against: str = "san") -> dict[Key, Paired]:
+    """Every other method's accuracy minus that of `against`, picture by picture, with intervals.
+
+    A task's difference is the mean over seeds and pictures of (hit − hit of `against`), seed k with
+    seed k, which trained on the same pictures in the same order; then comes the mean over the tasks
+    that both were scored on, by the seeds that all of these have.
+    The interval is a bootstrap's, percentiles 2.5 and 97.5 of DRAWS: each draws test pictures with
+    replacement within every task, the same for all seeds, and seeds, the same for all tasks. [us]
+    It covers other test pictures and other seeds. It does not cover other tasks, other backbones,
+    another choice of the learning rate, or that many methods are looked at together; and of two or
+    three seeds a bootstrap learns little about others.
+    Lines without `right` do not count. Raises ValueError if two runs were not scored on the same
+    pictures.
+    """
+    labels = labels_of(runs_of(lines, "test", "seed"))
+    runs = runs_of([line for line in lines if "right" in line], "test", "seed")
+    found = {}
+    for key, own in runs.items():
+        other = runs.get((key[0], against, key[2]), {})
+        tasks = [task for task in own if task in other]
+        seeds = [set(run[task]) for task in tasks for run in (own, other)]
+        seeds = sorted(set.intersection(*seeds)) if seeds else []
+        if key[1] == against or not seeds:
+            continue
+        generator = torch.Generator().manual_seed(0)
+        picks = torch.randint(len(seeds), (DRAWS, len(seeds)), generator=generator)
+        weights = F.one_hot(picks, len(seeds)).double().mean(1)  # DRAWS×seeds
+        means, drawn = [], []
+        for task in tasks:
+            hits = [unpack(run[task][seed]["right"]) for run in (own, other) for seed in seeds]
+            if len({len(row) for row in hits}) > 1:
+                raise ValueError(f"the runs on {task} were not scored on the same test pictures")
+            mine, its = torch.stack(hits).double().chunk(2)
+            means.append((mine - its).mean())
+            drawn.append((weights * resampled(mine - its, generator)).sum(1))
+        means, drawn = torch.stack(means), torch.stack(drawn)
+        by_task = dict(zip(tasks, map(interval, means, drawn)))
+        found[key] = Paired(labels[key], interval(means.mean(), drawn.mean(0)), by_task)
+    return found
+
+
+def resampled(values: Tensor, generator: torch.Generator) -> Tensor:
+    """Each seed's mean over pictures drawn with replacement, DRAWS×seeds; values: seeds×pictures.
+
+    How often each picture is drawn is multinomial. Pictures with equal values are interchangeable,
+    so that the counts of these few kinds are drawn instead, one binomial after another.
+    """
+    kinds, sizes = values.unique(dim=1, return_counts=True)
+    rest = values.shape[1]
+    to_draw = torch.full((DRAWS,), float(rest), dtype=torch.float64)
+    total = torch.zeros(DRAWS, len(values), dtype=torch.float64)
+    for kind, size in zip(kinds.T, sizes.tolist()):
+        count = torch.binomial(to_draw, torch.full_like(to_draw, size / rest), generator=generator)
+        total += count[:, None] * kind
+        to_draw, rest = to_draw - count, rest - size
+    return total / values.shape[1]
+
+
+def interval(value: Tensor, drawn: Tensor) -> Interval:
+    ends = drawn.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64))
+    return Interval(value.item(), *ends.tolist())
+
+
+def beside_san(runs: dict[Key, dict], pairs: dict[Key, Paired], against: str) -> list[dict]:
+    """The rows of the table against SAN, SAN's own among them; times are relative to full's."""
+
+    def seconds(by_task: dict[str, dict]) -> float:
+        return sum(min(run["seconds"] for run in by_task[task].values()) for task in tasks)
+
+    rows, labels = [], labels_of(runs)
+    for key, by_task in runs.items():
+        compared = [key] if key in pairs else [p for p in pairs if p == (key[0], p[1], key[2])]
+        if key not in pairs and key[1] != against:
+            continue
+        tasks = [task for task in by_task if any(task in pairs[p].tasks for p in compared)]
+        if not tasks:
+            continue
+        difference = pairs[key].difference if key in pairs else None
+        own = [[*by_task[task].values()] for task in tasks]
+        mean = statistics.mean(statistics.mean(run["test"] for run in seeds) for seeds in own)
+        trained = statistics.mean(seeds[0]["trainable"] for seeds in own)
+        full = runs.get((key[0], "full", key[2]), {})
+        relative = seconds(by_task) / seconds(full) if {*tasks} <= full.keys() else None
+        rows.append(
+            {
+                "model": key[0],
+                "method": labels[key],
+                "tasks": len(tasks),
+                "mean": f"{100 * mean:.1f}",
+                "difference to SAN": difference or "",
+                "verdict": difference.verdict if difference else "",
+                "data to decide": difference.to_decide if difference else "",
+                "trained": f"{trained:,.0f}",
+                "s/epoch, full = 1": "" if relative is None else f"{relative:.2f}",
+                "peak MB": f"{max(run['memory'] for seeds in own for run in seeds):.0f}",
+            }
+        )
+    return rows
