@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lab import plot
+from lab import plot, tables
 
 pytest.importorskip("matplotlib", reason="pictures need matplotlib, an extra")
 
@@ -143,6 +143,35 @@ def test_labels_and_marks_of_close_methods_cover_nothing():
     assert len(boxes) == 6
     assert not any(box.count_overlaps(boxes[i + 1 :]) for i, box in enumerate(boxes))
     assert all(axes.bbox.contains(*box.min) and axes.bbox.contains(*box.max) for box in boxes)
+
+
+def test_forest_shows_each_methods_difference_to_san_the_best_on_top():
+    hits = torch.rand(100, generator=torch.Generator().manual_seed(0)) < 0.6
+    lines = [
+        line(method, own.double().mean().item(), right=tables.pack(own), task=task, model=model)
+        for method, model, task, own in [
+            *(("san", model, task, hits) for model in ("m", "n") for task in "ab"),
+            ("full", "m", "a", hits & (torch.arange(100) > 9)),
+            ("full", "m", "b", hits),
+            *(("san2", "m", task, hits | (torch.arange(100) < 50)) for task in "ab"),
+            ("lora", "n", "a", hits),
+        ]
+    ]
+    left, right = plot.forest(lines).axes
+    assert [left.get_title(), right.get_title()] == ["m", "n"]
+    assert [text.get_text() for text in left.get_yticklabels()] == ["san2", "full"]
+    assert [text.get_text() for text in right.get_yticklabels()] == ["lora"]
+    assert left.lines[0].get_xdata() == [0, 0]
+    found = {key[:2]: pair for key, pair in tables.paired(lines).items()}
+    for row, (method, bar) in enumerate(zip(("san2", "full"), left.containers)):
+        pair = found["m", method]
+        assert bar.lines[0].get_xydata().tolist() == [[100 * pair.difference.value, row]]
+        ((low, _), (high, _)) = bar.lines[2][0].get_segments()[0].tolist()
+        ends = [100 * pair.difference.low, 100 * pair.difference.high]
+        assert [low, high] == pytest.approx(ends) and low < high
+        singles = left.collections[2 * row + 1].get_offsets()[:, 0]
+        assert singles.tolist() == pytest.approx([100 * own.value for own in pair.tasks.values()])
+    assert plot.forest([line("san", 0.5), line("lora", 0.5)]) is None  # made before
 
 
 def test_gamma_shows_layers_in_the_links_order_and_channels_sorted(tmp_path):

@@ -339,6 +339,7 @@ def test_compare_goes_on_where_it_was_stopped_and_writes_one_row_a_method(
     monkeypatch.setattr(
         train_lm, "LEARNING_RATES", dict.fromkeys(train_lm.LEARNING_RATES, (1e-4, 1e30))
     )
+    monkeypatch.setattr(tables, "WIDEN", 0)
     words = [*flags, "--epochs", 1, "--shots", 5, "--compare", "--seeds", 2, "--out", tmp_path]
     search, searched = tables.search, []
 
@@ -351,7 +352,10 @@ def test_compare_goes_on_where_it_was_stopped_and_writes_one_row_a_method(
     with monkeypatch.context() as patch:
         patch.setattr(tables, "search", stopping)
         assert command(*words) == 130
-    assert "every finished run is kept" in capsys.readouterr().err
+    stopped = capsys.readouterr()
+    assert "every finished run is kept" in stopped.err
+    assert "about 32 runs of 1 epochs, 0 minutes at" in stopped.out
+    assert "s per step of" in stopped.out
     monkeypatch.setattr(
         tables,
         "search",

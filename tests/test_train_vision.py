@@ -252,6 +252,7 @@ def test_a_learning_rate_far_too_high_is_one_sentence_and_exit_code_1(flags, tmp
 
 
 def test_compare_writes_one_row_a_method_and_does_nothing_twice(flags, tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "WIDEN", 0)
     words = [*flags, "--epochs", 1, "--compare", "--seeds", 2, "--out", tmp_path]
     assert command(*words) == 0
     table = (tmp_path / "table.md").read_text()
@@ -264,15 +265,61 @@ def test_compare_writes_one_row_a_method_and_does_nothing_twice(flags, tmp_path,
         scored = [line for line in own if line["part"] == "test"]
         assert len(tried) == 4 and len(scored) == 2
         assert tried[scored[0]["lr"]] == max(tried.values()) == scored[0]["val"]
+        for line in scored:
+            right = tables.unpack(line["right"])
+            assert len(right) == 12 and right.double().mean() == pytest.approx(line["test"])
+            assert line["wall"] > line["seconds"]
     counts = {line["method"]: line["trainable"] for line in lines}
     low_rank = [counts[method] - counts["linear"] for method in ("lora, r=1", "lora")]
     assert low_rank[1] == 8 * low_rank[0] > 0
+    assert "| verdict |" in table and "| data to decide |" in table
     monkeypatch.setattr(train_vision, "train", lambda *_: pytest.fail("trained again"))
     assert command(*words) == 0
     assert (tmp_path / "table.md").read_text() == table
 
 
-def test_the_ablation_compares_the_variants_that_a_model_can_have(flags, tmp_path):
+def test_methods_share_out_a_comparison_and_its_cost_is_told_first(
+    flags, tmp_path, monkeypatch, capsys
+):
+    words = [*flags, "--epochs", 1, "--compare", "--seeds", 1, "--lr", "1e-3", "--out", tmp_path]
+    assert command(*words, "--methods", "san", "ssf") == 0
+    printed = capsys.readouterr().out
+    told = printed.index("about 4 runs of 1 epochs, 0 minutes at ")
+    assert "s per step of vit_micro" in printed and told < printed.index("trains")
+    assert command(*words, "--methods", "linear", "ssf") == 0
+    printed = capsys.readouterr().out
+    assert "about 2 runs" in printed and "s per run of vit_micro so far" in printed
+    lines = tables.read_results(tmp_path / "results.jsonl")
+    assert [line["method"] for line in lines] == ["san"] * 2 + ["ssf"] * 2 + ["linear"] * 2
+    monkeypatch.setattr(train_vision, "train", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(train_vision, "LEARNING_RATES", dict.fromkeys(("san", "ssf", "linear")))
+    assert command(*words) == 0  # lines count for the whole comparison
+    assert "runs of 1 epochs" not in capsys.readouterr().out
+
+
+def test_the_time_of_a_step_is_that_of_a_run_with_its_steps(flags):
+    args = train_vision.arguments([*map(str, flags), "--compare"])
+    args.device, args.amp = torch.device("cpu"), False
+    tasks = sets.tasks_named(args)
+    seconds, steps = train_vision.time_step(tasks, "vit_micro", ["full"], args)
+    assert steps == 2 * 4  # epochs, and batches of 32 pictures
+    assert 0 < seconds < 60
+    missing = sets.Task("gone", loop.changed(args, dataset="dmlab"), None)
+    assert train_vision.time_step([missing, *tasks], "vit_micro", ["san"], args)[1] == steps
+    with pytest.raises(ValueError, match="dmlab cannot be downloaded"):
+        train_vision.time_step([missing], "vit_micro", ["san"], args)
+
+
+def test_a_set_of_several_factors_has_no_single_right():
+    split = torch.utils.data.TensorDataset(torch.zeros(3, 5), torch.zeros(3, 2, dtype=torch.long))
+    data = sets.Data(None, None, None, split, [3, 2])
+    args = loop.changed(train_vision.arguments([]), device=torch.device("cpu"))
+    scores = train_vision.test(torch.nn.Identity(), data, args)[1]
+    assert scores == {"test": 1.0, "factors": [1.0, 1.0]}
+
+
+def test_the_ablation_compares_the_variants_that_a_model_can_have(flags, tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "WIDEN", 0)
     assert command(*flags, "--epochs", 1, "--ablation", "--seeds", 1, "--out", tmp_path) == 0
     lines = tables.read_results(tmp_path / "results.jsonl")
     assert [*dict.fromkeys(line["method"] for line in lines)] == [*train_vision.VARIANTS]
@@ -306,22 +353,22 @@ def test_the_protocol_chooses_on_the_fifth_and_then_trains_on_all(
     take = sets.take
     monkeypatch.setattr(sets, "take", lambda data, shots: take(data, shots // 25))
     monkeypatch.setattr(loop, "fit", recorded)
+    monkeypatch.setattr(tables, "WIDEN", 0)
+    monkeypatch.setattr(tables, "announce", lambda *_: None)
     words = [*flags, "--epochs", 1, "--protocol", "vtab1k", "--seeds", 2, "--out", tmp_path]
     assert command(*words) == 0
     printed = capsys.readouterr().out
     assert "learning rates for san: 0.001, 0.003, 0.01, 0.03" in printed
     assert "32 + 8 labelled" in printed
     assert sizes[:4] == [(32, True, rate, 0) for rate in train_vision.LEARNING_RATES["san"]]
-    best = max(
-        (line for line in tables.read_results(tmp_path / "results.jsonl")[:4]),
-        key=lambda line: line["val"],
-    )["lr"]
+    tried = tables.read_results(tmp_path / "results.jsonl")[:4]
+    best = tables.choice({line["lr"]: line["val"] for line in tried})
     assert sizes[4:] == [(40, False, best, seed) for seed in (0, 1)]
     assert command(*words, "--method", "linear") == 0  # to the same file
     assert capsys.readouterr().out.count("| linear |") == 2
     assert command("--table", tmp_path / "results.jsonl") == 0
     table = capsys.readouterr().out
-    assert table.count("| linear |") == table.count("| san |") == 2
+    assert table.count("| linear |") == table.count("| san |") == 3  # now there is SAN to compare
     assert train_vision.arguments(["--dataset", "vtab"]).protocol == "vtab1k"
     assert train_vision.arguments(["--dataset", "vtab"]).epochs == 100
 
@@ -367,7 +414,7 @@ def test_pictures_of_runs_and_of_a_comparison(flags, tmp_path, capsys):
     capsys.readouterr()
     results = tmp_path / "table" / "results.jsonl"
     assert command("--plot", *runs, results, "--out", tmp_path / "out") == 0
-    names = ["curves.png", "accuracy.png", "gamma.png", "change.png"]
+    names = ["curves.png", "accuracy.png", "forest.png", "gamma.png", "change.png"]
     printed = capsys.readouterr().out.splitlines()
     assert printed == [f"saved {tmp_path / 'out' / name}" for name in names]
     assert {path.name for path in (tmp_path / "out").iterdir()} == {*names}
@@ -444,6 +491,8 @@ def test_weights_that_cannot_be_used_are_refused(kind, code, words, flags, tmp_p
         (["--protocol", "vtab1k", "--shots", "100"], 2, "leave --shots out"),
         (["--compare", "--seed", "3"], 2, "takes --seeds"),
         (["--ablation", "--compare"], 2, "SAN's variants"),
+        (["--compare", "--methods", "san", "magic"], 2, "'magic'"),
+        (["--methods", "san"], 2, "names those of --compare"),
         (["--protocol", "vtab1k", "--method", "vpt", "--model", "convnext_micro"], 2, "for a ViT"),
         (["--gamma-std", "-1"], 2, "--gamma-std must be"),
         (["--method", "vpt", "--model", "convnext_micro"], 2, "ViT's tokens"),
@@ -488,8 +537,10 @@ def test_a_diverging_rate_is_out_of_the_search_and_does_not_end_the_comparison(
 ):
     monkeypatch.setattr(train_vision, "LEARNING_RATES", {"full": (1e-4, 1e30)})
     assert command(*flags, "--epochs", 1, "--compare", "--seeds", 1, "--out", tmp_path) == 0
-    low, high, run = tables.read_results(tmp_path / "results.jsonl")
-    assert run["lr"] == low["lr"] == 1e-4 and high["val"] is None
+    low, high, *further, run = tables.read_results(tmp_path / "results.jsonl")
+    assert low["lr"] == 1e-4 and high["val"] is None
+    assert [line["lr"] for line in further] in ([3e-5], [3e-5, 1e-5])
+    assert run["val"] == max(line["val"] for line in (low, *further))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
