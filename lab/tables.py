@@ -55,8 +55,8 @@ class Journal:
     def add(self, line: dict) -> dict:
         """Append a line, with the options. Raises OSError if it cannot be written."""
         line = line | {"options": self.options}
-        with self.path.open("ab", buffering=1 << 20) as file:  # one write: lines never mix
-            file.write((json.dumps(line) + "\n").encode())
+        with self.path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
         self.lines.append(line)
         return line
 
@@ -398,8 +398,8 @@ def paired(lines: list[dict], against: str = "san") -> dict[Key, Paired]:
     replacement within every task, the same for all seeds, and seeds, the same for all tasks. [us]
     It covers other test pictures and other seeds. It does not cover other tasks, other backbones,
     another choice of the learning rate, or that many methods are looked at together; and of two or
-    three seeds a bootstrap learns little about others. Where seeds agree on no picture, so that all
-    is chance twice drawn, the interval is up to √3 times as wide as it need be.
+    three seeds a bootstrap learns little about others. Where seeds answer independently of each
+    other, the interval is up to √3 times as wide as it need be: chance counts for pictures too.
     Lines without `right` do not count. Raises ValueError if two runs were not scored on the same
     pictures.
     """
