@@ -83,7 +83,7 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     add("--data-dir", default="data", help="of torchvision's sets, and folders of other tasks")
     add("--shots", type=loop.positive, help="labelled pictures in all, a fifth for validation")
     add("--model", nargs="+", choices=list(models.SIZES), help="several with --compare")
-    add("--weights", help="imagenet1k, imagenet21k, none or a file; by default what suits the model")
+    add("--weights", help="imagenet1k, imagenet21k, none or a file; by default the model's own")
     add("--shift", default=True, action=argparse.BooleanOptionalAction, help="train β in SAN")
     add("--wiring", default="san", choices=["san", "authors"], help="authors: ViT alone")
     add("--image-size", type=loop.positive, help="by default what the model is made for")

@@ -82,7 +82,7 @@ def load(
         data = from_sprites(task, source_size)
         return data if shots is None else take(data, shots)
     if Path(name).name == name != ".." and has_splits(below):
-        augment = name not in {*STRUCTURED, "svhn"}
+        augment = name not in {*STRUCTURED, "svhn", "gtsrb"}
         return from_folder(below, image_size, augment, held_out, shots)
     if name in TORCHVISION:
         return from_torchvision(name, Path(data_dir), image_size, held_out, shots)
@@ -460,7 +460,7 @@ def load_named(args: Namespace, size: int) -> Data:
             "without --image-size"
         )
     shots = 1000 if args.protocol else args.shots
-    held_out = 0.02 if getattr(args, "pretrain", False) else 0.2
+    held_out = 0.02 if args.pretrain else 0.2
     data = load(args.dataset, args.task, args.data_dir, size, shots, held_out=held_out)
     return (unaugmented(data) if args.protocol else data).to(args.device)
 

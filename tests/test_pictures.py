@@ -1106,3 +1106,13 @@ def test_without_augmentation_training_pictures_are_the_plain_ones(folder):
     loaded = load_folder(folder)
     plain = sets.unaugmented(loaded)
     assert plain.train is loaded.plain and plain[1:] == loaded[1:]
+
+
+def test_smoothing_spreads_a_share_of_the_label_over_all_classes():
+    outputs, labels = torch.randn(6, 5), torch.tensor([[0, 1], [2, 0], [1, 1]] * 2)
+    wanted = torch.zeros(())
+    for part, own in ((outputs[:, :3], labels[:, 0]), (outputs[:, 3:], labels[:, 1])):
+        log = part.log_softmax(1)
+        right = log[torch.arange(6), own]
+        wanted = wanted - (0.9 * right + 0.1 * log.mean(1)).mean()
+    torch.testing.assert_close(batches.factor_loss(outputs, labels, [3, 2], 0.1), wanted)

@@ -201,9 +201,40 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(
     assert all(torch.equal(whole[key], parts[key]) for key in whole)
 
 
+def test_a_pretrained_backbone_is_averaged_and_resumed_and_adapted(
+    pictures, tmp_path, monkeypatch, capsys
+):
+    root = tmp_path / "pictures"  # a fiftieth of 60 is one, to validate
+    for split in ("train", "test"):
+        for file in sorted((pictures / split).rglob("*.png")):
+            for copy in range(2 if split == "train" else 1):
+                place = root / split / file.parent.name / f"{copy}-{file.name}"
+                place.parent.mkdir(parents=True, exist_ok=True)
+                place.symlink_to(file)
+    flags = ["--dataset", root, "--model", "convnext_mini", "--device", "cpu", "--workers", 0]
+    words = [*flags, "--pretrain", "--epochs", 3, "--batch-size", 16, "--lr", "1e-3"]
+    assert command(*words, "--out", tmp_path / "whole") == 0
+    assert "79 training, 1 validation" in capsys.readouterr().out
+    with monkeypatch.context() as patch:
+        stop_after(2, patch)
+        assert command(*words, "--out", tmp_path / "parts") == 130
+    kept = san.read(tmp_path / "parts" / "checkpoint.pt")
+    assert kept["mean"]["n_averaged"] == 10  # two epochs of five steps
+    assert command(*words, "--out", tmp_path / "parts", "--resume") == 0
+    assert without_times(metrics(tmp_path / "whole")) == without_times(metrics(tmp_path / "parts"))
+    whole, parts = (
+        san.read(tmp_path / run / "model.pt")["state_dict"] for run in ("whole", "parts")
+    )
+    assert all(torch.equal(whole[key], parts[key]) for key in whole)
+    assert command("--evaluate", tmp_path / "whole") == 0
+    words = [*flags, "--epochs", 1, "--weights", tmp_path / "whole" / "model.pt"]
+    assert command(*words, "--out", tmp_path / "adapted") == 0
+
+
 def test_a_resumed_run_draws_the_same_pictures_where_workers_load_them(
     flags, tmp_path, monkeypatch
 ):
+    monkeypatch.setattr(sets, "MOST_KEPT", 0)  # bytes: nothing is kept, all is decoded when asked
     flags = [*flags, "--workers", 2]
     assert command(*flags, "--out", tmp_path / "whole") == 0
     with monkeypatch.context() as patch:
@@ -493,6 +524,7 @@ def test_weights_that_cannot_be_used_are_refused(kind, code, words, flags, tmp_p
         (["--ablation", "--compare"], 2, "SAN's variants"),
         (["--compare", "--methods", "san", "magic"], 2, "'magic'"),
         (["--methods", "san"], 2, "names those of --compare"),
+        (["--pretrain", "--compare"], 2, "--pretrain makes one backbone"),
         (["--protocol", "vtab1k", "--method", "vpt", "--model", "convnext_micro"], 2, "for a ViT"),
         (["--gamma-std", "-1"], 2, "--gamma-std must be"),
         (["--method", "vpt", "--model", "convnext_micro"], 2, "ViT's tokens"),
