@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
 import models
-from lab import checkpoints, loop, methods, pictures, plot, sprites, tables
+from lab import checkpoints, loop, methods, paired, pictures, plot, sprites, tables
 from lab.batches import factor_accuracy, factor_loss, loader, outputs_of, prepare
 from lab.pictures import Data, Task, set_name
 
@@ -207,14 +207,14 @@ def score(model: nn.Module, split: Dataset, factors: list[int], args: argparse.N
 def test(model: nn.Module, data: Data, args: argparse.Namespace) -> tuple[Tensor, dict]:
     """Outputs on the test split, and accuracies, 0 … 1: each factor's and their mean.
 
-    Of one factor also right: which pictures' answers were, as `tables.pack` puts it.
+    Of one factor also right: which pictures' answers were, as `paired.pack` puts it.
     """
     model.eval()
     outputs, labels = outputs_of(model, data.test, args, "test")
     accuracies = factor_accuracy(outputs, labels, data.factors)
     scores = {"test": sum(accuracies) / len(accuracies), "factors": accuracies}
     if len(data.factors) == 1:
-        scores["right"] = tables.pack(outputs.argmax(1) == labels[:, 0])
+        scores["right"] = paired.pack(outputs.argmax(1) == labels[:, 0])
     return outputs, scores
 
 

@@ -14,8 +14,8 @@ an embedding; the gradient by the pixels before it nobody needs, and by a token 
 
 vit: ViT-B/16's width; convnext: ConvNeXt-T's widths; both at 224 px. llama: 1024 channels and 128
 tokens. LoRA acts on the linked layers at rank 8, in a LLaMA on methods.LOW_RANK at rank 32, as in
-the papers' language results. DoRA and PEFT's LoRA act on the linear ones of these, PEFT's IA³ on
-all linked linear layers.
+the papers' language results, and DoRA on the same. PEFT's LoRA acts on the linear ones of these,
+PEFT's IA³ on all linked linear layers.
 --full-size goes through train_vision's training loop and data path, with pictures of CIFAR's
 size.
 """
@@ -95,30 +95,25 @@ OPTIONS |= dict(epochs=1, lr=1e-3, weight_decay=0.0, warmup_epochs=0.1)
 
 
 def adapt(model: nn.Module, method: str, options: argparse.Namespace) -> None:
-    """As methods.adapt, also for PEFT's methods, and for DoRA on the linear layers of a ViT."""
-    if method not in ("dora", *PEFT):
+    """As methods.adapt, also for PEFT's methods."""
+    if method not in PEFT:
         return methods.adapt(model, method, options)
+    import peft
+
     model.requires_grad_(False)
     is_llama = isinstance(model, models.LLaMA)
     linked = [link.layer for link in model.links()]
     linear = [name for name in linked if isinstance(model.get_submodule(name), nn.Linear)]
     low_rank = [name for name in linear if not is_llama or name.endswith(methods.LOW_RANK)]
-    if method == "dora":
-        for name in low_rank:
-            layer = model.get_submodule(name)
-            model.set_submodule(name, methods.DoRALayer(layer, options.rank, alpha=options.rank))
-    else:
-        import peft
-
-        last = [name for name in linear if name.endswith(("fc2", "pwconv2", "down_proj"))]
-        config = {
-            "PEFT's LoRA": lambda: peft.LoraConfig(
-                r=options.rank, lora_alpha=options.rank, target_modules=low_rank
-            ),
-            # it scales what the last layer of an MLP reads, and what every other one gives
-            "PEFT's IA³": lambda: peft.IA3Config(target_modules=linear, feedforward_modules=last),
-        }[method]()
-        peft.inject_adapter_in_model(config, model)
+    last = [name for name in linear if name.endswith(("fc2", "pwconv2", "down_proj"))]
+    config = {
+        "PEFT's LoRA": lambda: peft.LoraConfig(
+            r=options.rank, lora_alpha=options.rank, target_modules=low_rank
+        ),
+        # it scales what the last layer of an MLP reads, and what every other one gives
+        "PEFT's IA³": lambda: peft.IA3Config(target_modules=linear, feedforward_modules=last),
+    }[method]()
+    peft.inject_adapter_in_model(config, model)
     if not is_llama:  # a new head is trained by every method
         model.head.requires_grad_(True)
 
@@ -183,8 +178,6 @@ def compare(name: str, args: argparse.Namespace, device: torch.device) -> None:
     rows = [m for m in rows if m != "san+lora" or name == "llama"]
     steps = {}
     for method in rows:
-        if (method, name) == ("dora", "convnext"):  # a linear layer's, and these are convolutions
-            continue
         model, read = prepared(base, method, inputs, options)
         steps[method] = stepper(model, model, read, labels, args.amp)
         if args.compile:

@@ -432,7 +432,7 @@ def add_flags(p: argparse.ArgumentParser, names: Iterable[str], epochs: int, bat
     add, yes_no = p.add_argument, argparse.BooleanOptionalAction
     add("--method", default="san", choices=names)
     add("--mode", default="both", choices=list(methods.MODES), help="SAN's ablation")
-    add("--norms", default=True, action=yes_no, help="train the norms with san and ssf")
+    add("--norms", default=True, action=yes_no, help="train the norms with SAN and its kin")
     add("--gamma-std", type=float, default=0.0, help="SAN's γ start at 1 ± this")
     add("--rank", type=positive, default=8, help="of LoRA and DoRA")
     add("--epochs", type=positive, default=epochs)

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 import san
-from lab import loop, tables
+from lab import loop, paired, tables
 
 if TYPE_CHECKING:  # an extra, imported where it is used
     from matplotlib.axes import Axes
@@ -39,6 +39,11 @@ STYLES = {  # method, or variant of --ablation → colour, which dashes, marker
     "bias": ("#78a952", 3, "<"),
     "vpt": ("#8757a8", 4, "P"),
     "full": ("#1a1a1a", 3, "D"),
+    "norm": ("#bdb76b", 2, ">"),
+    "ia3": ("#c46a2c", 2, "*"),
+    "hyperadapt": ("#e377a0", 3, "H"),
+    "san2": ("#7a1020", 4, "8"),
+    "lora, r=1": ("#8fc1e3", 2, "s"),
     "lora": ("#3a86c0", 1, "s"),
     "dora": ("#5fc0b0", 4, "p"),
     "ssf": ("#eda02c", 1, "^"),
@@ -320,13 +325,13 @@ def _label(axes: "Axes", found: list[Point]) -> None:
 
 
 def forest(lines: list[dict]) -> "Figure | None":
-    """Each method's test accuracy less SAN's, as `tables.paired` has it, and 95 % intervals.
+    """Each method's test accuracy less SAN's, as `paired.differences` has it, and 95 % intervals.
 
     lines: those of results.jsonl. A panel per model, the best method on top; below each mean over
     tasks lie small dots, the single tasks. None where no line tells which pictures were right.
     """
-    panels: dict[str, list[tuple[str, tables.Paired]]] = {}
-    for (model, method, _), pair in tables.paired(lines, tables.reference(lines)).items():
+    panels: dict[str, list[tuple[str, paired.Paired]]] = {}
+    for (model, method, _), pair in paired.differences(lines, paired.reference(lines)).items():
         panels.setdefault(model, []).append((method, pair))
     if not panels:
         return None

@@ -1,7 +1,6 @@
 """Many runs: a learning rate searched for each method, results kept run by run, tables of them."""
 
 import argparse
-import base64
 import json
 import math
 import shlex
@@ -11,17 +10,19 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lab import loop
+from lab import loop, paired
+from lab.paired import Key, Paired
 
 WIDEN = 2  # rates that a search may add to its grid
-DRAWS = 2000  # of the bootstrap
-Key = tuple[str, str, str]  # model, method, options as JSON: what makes a row of a table
+NOTE = (
+    "Differences in points, with 95 % intervals over test pictures and seeds; tasks and backbones "
+    "are taken as they are. level: not decided, and about how many times the data would decide it. "
+    "s/epoch tells something where the runs had the machine to themselves."
+)
 
 
 class Journal:
@@ -231,11 +232,11 @@ def tables(lines: list[dict]) -> str:
     were right, holds the methods against SAN. Runs with other options have rows of their own, which
     name what differs. Raises ValueError if no run is scored.
     """
-    runs, tried = runs_of(lines, "test", "seed"), runs_of(lines, "search", "lr")
+    runs, tried = paired.runs_of(lines, "test", "seed"), paired.runs_of(lines, "search", "lr")
     if not runs:
         raise ValueError("there is no scored run to tabulate")
-    labels, against = labels_of(runs), reference(lines)
-    pairs = paired(lines, against)
+    labels, against = paired.labels_of(runs), paired.reference(lines)
+    pairs = paired.differences(lines, against)
     group_of = {line["task"]: line.get("group") for line in lines if line["part"] == "test"}
     means = {group: [t for t in group_of if group_of[t] == group] for group in group_of.values()}
     means = {g: own for g, own in means.items() if g} | {"mean": list(group_of)}
@@ -262,27 +263,6 @@ def tables(lines: list[dict]) -> str:
     if pairs:
         text += f"\n{markdown(beside_san(runs, pairs, against))}\n{NOTE}\n"
     return text
-
-
-def runs_of(lines: list[dict], part: str, by: str) -> dict[Key, dict[str, dict]]:
-    """Row of a table → task → a part's lines by their seed or lr; of two such the last."""
-    runs: dict[Key, dict[str, dict]] = {}
-    for line in lines:
-        if line["part"] == part:
-            key = line["model"], line["method"], json.dumps(line["options"], sort_keys=True)
-            runs.setdefault(key, {}).setdefault(line["task"], {})[line[by]] = line
-    return runs
-
-
-def labels_of(runs: Iterable[Key]) -> dict[Key, str]:
-    """Each row's method, with the options in which rows differ."""
-    options = {key: json.loads(key[2]) for key in runs}
-    first = next(iter(options.values()), {})
-    differ = [k for k in first if any(own.get(k) != first[k] for own in options.values())]
-    return {
-        key: ", ".join([key[1], *(f"{k} {own.get(k)}" for k in differ)])
-        for key, own in options.items()
-    }
 
 
 def detail(runs: list[dict], tried: list[float]) -> dict[str, str]:
@@ -316,149 +296,13 @@ def spread(values: list[float]) -> str:
     return f"{tensor.mean().item():.1f} ± {deviation:.1f}"
 
 
-# ------------------------------------------------------------- which pictures, and against SAN
-
-NOTE = (
-    "Differences in points, with 95 % intervals over test pictures and seeds; tasks and backbones "
-    "are taken as they are. level: not decided, and about how many times the data would decide it. "
-    "s/epoch tells something where the runs had the machine to themselves."
-)
-
-
-def pack(hits: Tensor) -> str:
-    """N truth values as text: their number, and base64 of eight to a byte, the first lowest."""
-    bits = F.pad(hits.long(), (0, -len(hits) % 8)).view(-1, 8) << torch.arange(8)
-    return f"{len(hits)}:{base64.b64encode(bytes(bits.sum(1).tolist())).decode()}"
-
-
-def unpack(text: str) -> Tensor:
-    """The N truth values that `pack` made a text of. Raises ValueError for another text."""
-    try:
-        count, code = text.split(":")
-        octets = torch.tensor([*base64.b64decode(code, validate=True)], dtype=torch.long)
-        if len(octets) != -(-int(count) // 8):
-            raise ValueError(f"{len(octets)} bytes are not those of {count} pictures")
-    except ValueError as error:
-        raise ValueError(f"what a line holds as 'right' is broken: {error}") from error
-    return (octets[:, None] >> torch.arange(8) & 1).flatten()[: int(count)].bool()
-
-
-class Interval(NamedTuple):
-    """A difference of accuracies, −1 … 1, and the ends of its 95 % interval."""
-
-    value: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        """In points: '−0.8 [−1.3, −0.2]'."""
-        value, low, high = (f"{100 * number:+.1f}".replace("-", "−") for number in self)
-        return f"{value} [{low}, {high}]"
-
-    @property
-    def verdict(self) -> str:
-        """What the interval alone says: it lies above 0, below, or holds it."""
-        return "ahead" if self.low > 0 else "behind" if self.high < 0 else "level"
-
-    @property
-    def to_decide(self) -> str:
-        """About how many times the data would decide what is level: (h / |value|)².
-
-        h is how far the interval reaches from its value towards 0; it shrinks as 1/√data.
-        """
-        if self.verdict != "level":
-            return "—"
-        if not self.value:
-            return "× ∞"
-        h = self.value - self.low if self.value > 0 else self.high - self.value
-        times = (h / self.value) ** 2
-        return f"× {times:.1f}" if times < 10 else f"× {times:,.0f}"
-
-
-class Paired(NamedTuple):
-    """A method beside SAN, with the same seeds on the same pictures."""
-
-    label: str  # the method, with the options that set it apart
-    difference: Interval  # to SAN, the mean over tasks
-    tasks: dict[str, Interval]
-
-
-def reference(lines: list[dict]) -> str:
-    """What SAN is called: in a comparison, or else in an ablation."""
-    return "san" if any(line["method"] == "san" for line in lines) else "both, shift (SAN)"
-
-
-def paired(lines: list[dict], against: str = "san") -> dict[Key, Paired]:
-    """Every other method's accuracy minus that of `against`, picture by picture, with intervals.
-
-    A task's difference is the mean over seeds and pictures of (hit − hit of `against`), seed k with
-    seed k, which trained on the same pictures in the same order; then comes the mean over the tasks
-    that both were scored on, by the seeds that all of these have.
-    The interval is a bootstrap's, percentiles 2.5 and 97.5 of DRAWS: each draws test pictures with
-    replacement within every task, the same for all seeds, and seeds, the same for all tasks. [us]
-    It covers other test pictures and other seeds. It does not cover other tasks, other backbones,
-    another choice of the learning rate, or that many methods are looked at together; and of two or
-    three seeds a bootstrap learns little about others. Where seeds answer independently of each
-    other, the interval is up to √3 times as wide as it need be: chance counts for pictures too.
-    Lines without `right` do not count. Raises ValueError if two runs were not scored on the same
-    pictures.
-    """
-    labels = labels_of(runs_of(lines, "test", "seed"))
-    runs = runs_of([line for line in lines if "right" in line], "test", "seed")
-    found = {}
-    for key, own in runs.items():
-        other = runs.get((key[0], against, key[2]), {})
-        tasks = [task for task in own if task in other]
-        seeds = [set(run[task]) for task in tasks for run in (own, other)]
-        seeds = sorted(set.intersection(*seeds)) if seeds else []
-        if key[1] == against or not seeds:
-            continue
-        generator = torch.Generator().manual_seed(0)
-        picks = torch.randint(len(seeds), (DRAWS, len(seeds)), generator=generator)
-        weights = F.one_hot(picks, len(seeds)).double().mean(1)  # DRAWS×seeds
-        means, drawn = [], []
-        for task in tasks:
-            hits = [unpack(run[task][seed]["right"]) for run in (own, other) for seed in seeds]
-            if len({len(row) for row in hits}) > 1:
-                raise ValueError(f"the runs on {task} were not scored on the same test pictures")
-            mine, its = torch.stack(hits).double().chunk(2)
-            means.append((mine - its).mean())
-            drawn.append((weights * resampled(mine - its, generator)).sum(1))
-        means, drawn = torch.stack(means), torch.stack(drawn)
-        by_task = dict(zip(tasks, map(interval, means, drawn)))
-        found[key] = Paired(labels[key], interval(means.mean(), drawn.mean(0)), by_task)
-    return found
-
-
-def resampled(values: Tensor, generator: torch.Generator) -> Tensor:
-    """Each seed's mean over pictures drawn with replacement, DRAWS×seeds; values: seeds×pictures.
-
-    How often each picture is drawn is multinomial. Pictures with equal values are interchangeable,
-    so that the counts of these few kinds are drawn instead, one binomial after another.
-    """
-    kinds, sizes = values.unique(dim=1, return_counts=True)
-    rest = values.shape[1]
-    to_draw = torch.full((DRAWS,), float(rest), dtype=torch.float64)
-    total = torch.zeros(DRAWS, len(values), dtype=torch.float64)
-    for kind, size in zip(kinds.T, sizes.tolist()):
-        count = torch.binomial(to_draw, torch.full_like(to_draw, size / rest), generator=generator)
-        total += count[:, None] * kind
-        to_draw, rest = to_draw - count, rest - size
-    return total / values.shape[1]
-
-
-def interval(value: Tensor, drawn: Tensor) -> Interval:
-    ends = drawn.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64))
-    return Interval(value.item(), *ends.tolist())
-
-
 def beside_san(runs: dict[Key, dict], pairs: dict[Key, Paired], against: str) -> list[dict]:
     """The rows of the table against SAN, SAN's own among them; times are relative to full's."""
 
     def seconds(by_task: dict[str, dict]) -> float:
         return sum(min(run["seconds"] for run in by_task[task].values()) for task in tasks)
 
-    rows, labels = [], labels_of(runs)
+    rows, labels = [], paired.labels_of(runs)
     for key, by_task in runs.items():
         compared = [key] if key in pairs else [p for p in pairs if p == (key[0], p[1], key[2])]
         if key not in pairs and key[1] != against:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lab import plot, tables
+from lab import paired, plot
 
 pytest.importorskip("matplotlib", reason="pictures need matplotlib, an extra")
 
@@ -148,7 +148,7 @@ def test_labels_and_marks_of_close_methods_cover_nothing():
 def test_forest_shows_each_methods_difference_to_san_the_best_on_top():
     hits = torch.rand(100, generator=torch.Generator().manual_seed(0)) < 0.6
     lines = [
-        line(method, own.double().mean().item(), right=tables.pack(own), task=task, model=model)
+        line(method, own.double().mean().item(), right=paired.pack(own), task=task, model=model)
         for method, model, task, own in [
             *(("san", model, task, hits) for model in ("m", "n") for task in "ab"),
             ("full", "m", "a", hits & (torch.arange(100) > 9)),
@@ -162,7 +162,7 @@ def test_forest_shows_each_methods_difference_to_san_the_best_on_top():
     assert [text.get_text() for text in left.get_yticklabels()] == ["san2", "full"]
     assert [text.get_text() for text in right.get_yticklabels()] == ["lora"]
     assert left.lines[0].get_xdata() == [0, 0]
-    found = {key[:2]: pair for key, pair in tables.paired(lines).items()}
+    found = {key[:2]: pair for key, pair in paired.differences(lines).items()}
     for row, (method, bar) in enumerate(zip(("san2", "full"), left.containers)):
         pair = found["m", method]
         assert bar.lines[0].get_xydata().tolist() == [[100 * pair.difference.value, row]]

@@ -9,7 +9,7 @@ import torch
 from running import without_times
 from torch import nn
 
-from lab import tables
+from lab import paired, tables
 
 KEY = {"task": "a", "model": "m", "method": "san"}
 FIGURES = {"trainable": 5, "percent": 2.0, "seconds": 1.0, "memory": 9.0}
@@ -207,7 +207,7 @@ def scored(method: str, hits: torch.Tensor, task="a", **changes) -> list[dict]:
     line |= {"merge_same": 1.0, "merge_difference": 0.0, "options": {"lr": None}}
     return [
         line
-        | {"seed": k, "val": 0.5, "test": row.double().mean().item(), "right": tables.pack(row)}
+        | {"seed": k, "val": 0.5, "test": row.double().mean().item(), "right": paired.pack(row)}
         | changes
         for k, row in enumerate(hits)
     ]
@@ -225,23 +225,23 @@ def generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)
 
 
-def difference(lines: list[dict]) -> tables.Interval:
-    (pair,) = tables.paired(lines).values()
+def difference(lines: list[dict]) -> paired.Interval:
+    (pair,) = paired.differences(lines).values()
     return pair.difference
 
 
 @pytest.mark.parametrize("count", [0, 1, 7, 8, 9, 2000])
 def test_hits_come_back_from_their_text(count, generator):
     hits = torch.rand(count, generator=generator) < 0.3
-    text = json.loads(json.dumps(tables.pack(hits)))
-    assert torch.equal(tables.unpack(text), hits) and tables.unpack(text).dtype == torch.bool
+    text = json.loads(json.dumps(paired.pack(hits)))
+    assert torch.equal(paired.unpack(text), hits) and paired.unpack(text).dtype == torch.bool
     assert len(text) < count / 5.9 + 10
 
 
 @pytest.mark.parametrize("text", ["", "9:AA==", "8:A", "x:AA==", "8:??=="])
 def test_a_broken_text_of_hits_is_called_so(text):
     with pytest.raises(ValueError, match="'right' is broken"):
-        tables.unpack(text)
+        paired.unpack(text)
 
 
 def test_the_paired_difference_is_the_one_computed_step_by_step(generator):
@@ -253,7 +253,7 @@ def test_the_paired_difference_is_the_one_computed_step_by_step(generator):
         for task, size in sizes.items()
     }
     lines = [line for (method, task), own in hits.items() for line in scored(method, own, task)]
-    (pair,) = tables.paired(lines).values()
+    (pair,) = paired.differences(lines).values()
     own = {t: (hits["lora", t].double() - hits["san", t].double()).tolist() for t in sizes}
     draws = {task: [] for task in (*sizes, "mean")}
     for _ in range(1500):
@@ -270,13 +270,13 @@ def test_the_paired_difference_is_the_one_computed_step_by_step(generator):
         assert found.low == pytest.approx(order[37], abs=0.025)
         assert found.high == pytest.approx(order[-38], abs=0.025)
         assert found.high - found.low > 0.1
-    assert tables.paired(lines) == tables.paired(lines)  # its own generator
+    assert paired.differences(lines) == paired.differences(lines)  # its own generator
 
 
 def test_resampled_pictures_have_the_mean_and_the_variance_of_drawing_each(generator):
     values = torch.randint(-1, 2, (3, 50), generator=generator).double()
-    means = tables.resampled(values, generator)
-    assert means.shape == (tables.DRAWS, 3)
+    means = paired.resampled(values, generator)
+    assert means.shape == (paired.DRAWS, 3)
     covariance = values.cov(correction=0) / 50  # drawn together, seeds keep their likeness
     assert (means.mean(0) - values.mean(1)).abs().max() < 0.01
     assert (means.T.cov() - covariance).abs().max() < 0.15 * covariance.diag().max()
@@ -284,7 +284,7 @@ def test_resampled_pictures_have_the_mean_and_the_variance_of_drawing_each(gener
 
 def test_of_equal_methods_about_19_intervals_in_20_hold_0(generator, monkeypatch):
     """Where seeds answer most pictures alike, as after fine-tuning; else intervals are wider."""
-    monkeypatch.setattr(tables, "DRAWS", 400)
+    monkeypatch.setattr(paired, "DRAWS", 400)
     found = [
         difference(
             scored("san", drawn(generator, 0.6, same=0.9))
@@ -322,19 +322,19 @@ def test_pairs_are_of_the_same_seeds_tasks_options_and_model(generator):
     assert difference(lines[:3] + shuffled).value == pytest.approx(expected.value)
     assert difference(lines[:3] + shuffled) != expected
     with pytest.raises(ValueError, match="same test pictures"):
-        tables.paired(lines[:3] + scored("lora", lora[:, :-1]))
+        paired.differences(lines[:3] + scored("lora", lora[:, :-1]))
 
 
 def test_an_interval_says_in_points_what_is_decided_and_what_would():
-    found = tables.Interval(-0.008, -0.013, -0.002)
+    found = paired.Interval(-0.008, -0.013, -0.002)
     assert str(found) == "−0.8 [−1.3, −0.2]"
     assert (found.verdict, found.to_decide) == ("behind", "—")
-    found = tables.Interval(0.004, -0.002, 0.009)
+    found = paired.Interval(0.004, -0.002, 0.009)
     assert str(found) == "+0.4 [−0.2, +0.9]"
     assert (found.verdict, found.to_decide) == ("level", "× 2.2")  # (0.6 / 0.4)²
-    assert tables.Interval(-0.001, -0.009, 0.011).to_decide == "× 144"
-    assert tables.Interval(0.0, -0.009, 0.01).to_decide == "× ∞"
-    assert tables.Interval(0.01, 0.001, 0.02).verdict == "ahead"
+    assert paired.Interval(-0.001, -0.009, 0.011).to_decide == "× 144"
+    assert paired.Interval(0.0, -0.009, 0.01).to_decide == "× ∞"
+    assert paired.Interval(0.01, 0.001, 0.02).verdict == "ahead"
 
 
 def test_a_third_table_holds_the_methods_against_san(generator):

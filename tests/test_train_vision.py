@@ -16,7 +16,7 @@ from tiny import published_vit, randomise
 import models
 import san
 import train_vision
-from lab import batches, checkpoints, loop, methods, tables
+from lab import batches, checkpoints, loop, methods, paired, tables
 from lab import pictures as sets
 
 ROOT = Path(__file__).parent.parent
@@ -297,7 +297,7 @@ def test_compare_writes_one_row_a_method_and_does_nothing_twice(flags, tmp_path,
         assert len(tried) == 4 and len(scored) == 2
         assert tried[scored[0]["lr"]] == max(tried.values()) == scored[0]["val"]
         for line in scored:
-            right = tables.unpack(line["right"])
+            right = paired.unpack(line["right"])
             assert len(right) == 12 and right.double().mean() == pytest.approx(line["test"])
             assert line["wall"] > line["seconds"]
     counts = {line["method"]: line["trainable"] for line in lines}
