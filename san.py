@@ -853,13 +853,16 @@ def disabled(model: nn.Module) -> Iterator[None]:
 def write(content: Any, path: str | os.PathLike, save: Callable | None = None) -> None:
     """save(content, file), torch.save by default, to a temporary file that is then renamed.
 
-    The file is whole or absent, whatever happens. Raises OSError if it cannot be written.
+    The file is whole or as it was, also when the power fails. Raises OSError if it cannot be
+    written.
     """
     path = Path(path)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         (save or _save)(content, temporary)
+        with open(temporary, "rb+") as file:  # on the disk before its name is
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException as error:
         if temporary.exists():

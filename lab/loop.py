@@ -23,6 +23,8 @@ from tqdm import tqdm
 import san
 from lab import methods
 
+FINISHED = ("merged.pt", "model.pt")  # one of them in its folder, and a run is finished
+
 # -------------------------------------------------------------------------------- the training loop
 
 
@@ -174,7 +176,7 @@ def settings(args: argparse.Namespace) -> dict:
 
 def require_checkpoint(out: Path) -> None:
     """Raise ValueError if the folder `out` holds nothing to resume from, or a finished run."""
-    if any((out / name).is_file() for name in ("merged.pt", "model.pt")):
+    if any((out / name).is_file() for name in FINISHED):
         raise ValueError(f"the run in {out} is finished; score it with --evaluate {out}")
     if not (out / "checkpoint.pt").is_file():
         raise ValueError(f"there is no checkpoint in {out} to resume; start without --resume")
@@ -275,14 +277,14 @@ def begin(args: argparse.Namespace, out: Path) -> None:
     """
     if args.resume:
         return require_checkpoint(out)
-    names = ("adapter.pt", "merged.pt", "model.pt", "metrics.jsonl", "checkpoint.pt")
+    names = (*FINISHED, "adapter.pt", "metrics.jsonl", "checkpoint.pt")
     files = [out / name for name in names if (out / name).exists()]
     if files and not (out / "config.json").exists():
         raise ValueError(f"{files[0]} is not from a run and would be lost; choose another --out")
+    for old in files:  # before the new settings are there: no model ever stands beside another's
+        old.unlink(missing_ok=True)
     config = {k: str(v) if k == "device" else v for k, v in vars(args).items()}
     write_text(json.dumps(config, indent=1) + "\n", out / "config.json")
-    for old in files:
-        old.unlink(missing_ok=True)
 
 
 def train_and_measure(
@@ -331,9 +333,9 @@ def conclude(
     if hasattr(model, "_san"):
         result["gamma"] = san.summary(model)["layers"]
     result |= score_and_merge(model, test)
-    saved = out / ("model.pt" if args.method == "full" else "merged.pt")
-    san.write(content | {"state_dict": model.state_dict()}, saved)
     write_json_lines([*history, result], out / "metrics.jsonl")
+    saved = out / ("model.pt" if args.method == "full" else "merged.pt")
+    san.write(content | {"state_dict": model.state_dict()}, saved)  # the last: it says finished
     (out / "checkpoint.pt").unlink(missing_ok=True)
     report(result, saved)
 
