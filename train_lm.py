@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import models
 import san
-from lab import checkpoints, loop, methods, microworld, questions, tables
+from lab import llama, loop, methods, microworld, questions, tables
 from lab.questions import LlamaTokenizer, Questions, Tokenizer, collate, encode, token_loss
 from lab.scoring import ABSENT, accuracy, answer, branch, guesses, mean, speak
 
@@ -57,7 +57,7 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     )
     add("--train-file", help="train on this file in place of every train.json")
     add("--shots", type=loop.positive, help="labelled questions of a task, with validation's")
-    add("--weights", help="a folder of a LLaMA checkpoint, a model.pt, or none; default: shipped")
+    add("--weights", help="a LLaMA's folder, .gguf or model.pt, smollm2, or none; default: shipped")
     add("--dtype", default="float32", choices=["float32", "bfloat16"], help="of frozen weights")
     add(
         "--score",
@@ -88,13 +88,15 @@ def load_model(args: argparse.Namespace) -> tuple[models.LLaMA, Tokenizer | Llam
     """The base model with its weights, on the device, and the tokenizer that goes with it."""
     torch.manual_seed(args.seed)  # of the weights, where there are none to load
     path, dtype = Path(args.weights or WEIGHTS), getattr(torch, args.dtype)
+    if args.weights == "smollm2" and not path.exists():
+        path = llama.smollm2()
     if args.weights == "none":
         tokenizer = questions.microworld_tokenizer()
         model = models.LLaMA(len(tokenizer), **models.LLAMA_MICRO)
     elif not path.exists():
         raise OSError(f"--weights: there is no file {path}, and no such folder")
-    elif path.is_dir():
-        model, tokenizer = checkpoints.load_llama(path, dtype), LlamaTokenizer(path)
+    elif path.is_dir() or path.suffix == ".gguf":
+        model, tokenizer = llama.load_llama(path, dtype), LlamaTokenizer(path)
     else:
         content = san.read(path)
         content = content if isinstance(content, dict) else {}
@@ -143,7 +145,7 @@ def names_of(args: argparse.Namespace) -> tuple[str, str]:
     path = Path(args.weights or WEIGHTS).resolve()
     if path.name in ("model.pt", "merged.pt"):  # of a run, whose folder has the better name
         path = path.parent
-    return task, path.name.removesuffix(".pt")
+    return task, path.name.removesuffix(".pt").removesuffix(".gguf")
 
 
 # ------------------------------------------------------------------------------------------ data
@@ -289,6 +291,7 @@ def run(args: argparse.Namespace) -> None:
     content = {"numbers": model.config, "tokenizer": tokenizer.saved}
     # save the adapter, score, merge, score again, save the merged model
     loop.conclude(model, args, history, result, job.test, content)
+    llama.export(model, tokenizer, Path(args.out) / "merged")
     if asked:
         print_beside_guesses(asked, before, result["parts"])
     if shown:

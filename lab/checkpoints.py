@@ -1,15 +1,15 @@
 """Weights from files: published ones in their layouts, brought under our names, and our own.
 
 `backbone_state` gives what --weights names, from a file or from the cache of downloads, and
-`load_backbone` puts it into a model of models.py; `load_llama` reads a folder of the Hugging Face
-layout. Whose a layout is decides its names alone: the architectures are the same.
+`load_backbone` puts it into a model of models.py. Whose a layout is decides its names alone: the
+architectures are the same. LLaMA's are in llama.py.
 """
 
 import argparse
 import base64
 import hashlib
 import http.client
-import json
+import importlib.util
 import math
 import re
 import urllib.error
@@ -28,7 +28,6 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import san
-from models import LLaMA
 
 # what pictures are normalised with, by channel: every published backbone but the authors' ViT
 # was trained on pixels, 0 … 1, less MEAN and divided by STD
@@ -58,104 +57,122 @@ IMAGENET21K = {
 
 # ----------------------------------------------------------------------------------------- names
 
-# other people's names → ours, tried in this order on the start of every key; first torchvision's,
-# where ConvNeXt's and Swin's numbers stay as they are, and are halved in a second step
+# (other people's, our) names, tried in this order on the start of every key; {} is a number
+BLOCK, STAGE = "blocks.{}.", "stages.{}.{}."
 VIT_NAMES = [
-    (r"encoder\.pos_embedding", "position"),
-    (r"conv_proj", "patch_embed"),
-    (r"encoder\.layers\.encoder_layer_(\d+)\.ln_([12])", r"blocks.\1.norm\2"),
-    (r"encoder\.layers\.encoder_layer_(\d+)\.self_attention\.in_proj_", r"blocks.\1.attn.qkv."),
-    (r"encoder\.layers\.encoder_layer_(\d+)\.self_attention\.out_proj", r"blocks.\1.attn.proj"),
-    (r"encoder\.layers\.encoder_layer_(\d+)\.mlp\.(0|linear_1)", r"blocks.\1.mlp.fc1"),
-    (r"encoder\.layers\.encoder_layer_(\d+)\.mlp\.(3|linear_2)", r"blocks.\1.mlp.fc2"),
-    (r"encoder\.ln", "norm"),
-    (r"heads\.head", "head"),
+    ("encoder.pos_embedding", "position"),
+    ("conv_proj", "patch_embed"),
+    *(
+        ("encoder.layers.encoder_layer_{}." + theirs, BLOCK + ours)
+        for theirs, ours in (
+            ("ln_", "norm"),
+            ("self_attention.in_proj_", "attn.qkv."),
+            ("self_attention.out_proj", "attn.proj"),
+            ("mlp.0", "mlp.fc1"),
+            ("mlp.3", "mlp.fc2"),
+            ("mlp.linear_1", "mlp.fc1"),  # in the published files
+            ("mlp.linear_2", "mlp.fc2"),
+        )
+    ),
+    ("encoder.ln", "norm"),
+    ("heads.head", "head"),
 ]
+# torchvision numbers the stages of these two and the halvings between them in one row:
+# 1, 3, 5, 7 are stages 0 to 3, and 2, 4, 6 are halvings 0 to 2
+HALVINGS = [(f"features.{2 * i + 2}.", f"downsample.{i}.") for i in range(3)]
 CONVNEXT_NAMES = [
-    (r"features\.0\.", "stem."),
-    (r"features\.([1357])\.(\d+)\.block\.0", r"stages.\1.\2.dwconv"),
-    (r"features\.([1357])\.(\d+)\.block\.2", r"stages.\1.\2.norm"),
-    (r"features\.([1357])\.(\d+)\.block\.3", r"stages.\1.\2.pwconv1"),
-    (r"features\.([1357])\.(\d+)\.block\.5", r"stages.\1.\2.pwconv2"),
-    (r"features\.([1357])\.(\d+)\.layer_scale", r"stages.\1.\2.layer_scale"),
-    (r"features\.([246])\.", r"downsample.\1."),
-    (r"classifier\.0", "norm"),
-    (r"classifier\.2", "head"),
+    ("features.0.", "stem."),
+    *(
+        (f"features.{2 * i + 1}.{{}}.{theirs}", f"stages.{i}.{{}}.{ours}")
+        for i in range(4)
+        for theirs, ours in (
+            ("block.0", "dwconv"),
+            ("block.2", "norm"),
+            ("block.3", "pwconv1"),
+            ("block.5", "pwconv2"),
+            ("layer_scale", "layer_scale"),
+        )
+    ),
+    *HALVINGS,
+    ("classifier.0", "norm"),
+    ("classifier.2", "head"),
 ]
 SWIN_NAMES = [
-    (r"features\.0\.0", "patch_embed"),
-    (r"features\.0\.2", "patch_norm"),
-    (
-        r"features\.([1357])\.(\d+)\.attn\.relative_position_bias_table",
-        r"stages.\1.\2.attn.offset_bias",
+    ("features.0.0", "patch_embed"),
+    ("features.0.2", "patch_norm"),
+    *(
+        (f"features.{2 * i + 1}.{{}}.{theirs}", f"stages.{i}.{{}}.{ours}")
+        for i in range(4)
+        for theirs, ours in (
+            ("attn.relative_position_bias_table", "attn.offset_bias"),
+            ("mlp.0", "mlp.fc1"),
+            ("mlp.3", "mlp.fc2"),
+            ("", ""),
+        )
     ),
-    (r"features\.([1357])\.(\d+)\.mlp\.0", r"stages.\1.\2.mlp.fc1"),
-    (r"features\.([1357])\.(\d+)\.mlp\.3", r"stages.\1.\2.mlp.fc2"),
-    (r"features\.([1357])\.", r"stages.\1."),
-    (r"features\.([246])\.", r"downsample.\1."),
+    *HALVINGS,
 ]
 # the authors' own
 VIT_AUTHORS = [
-    (r"cls", "class_token"),
-    (r"embedding", "patch_embed"),
-    (r"Transformer/posembed_input/pos_embedding", "position"),
-    (r"Transformer/encoderblock_(\d+)/LayerNorm_0", r"blocks.\1.norm1"),
-    (
-        r"Transformer/encoderblock_(\d+)/MultiHeadDotProductAttention_1/out",
-        r"blocks.\1.attn.proj",
+    ("cls", "class_token"),
+    ("embedding", "patch_embed"),
+    ("Transformer/posembed_input/pos_embedding", "position"),
+    *(
+        ("Transformer/encoderblock_{}/" + theirs, BLOCK + ours)
+        for theirs, ours in (
+            ("LayerNorm_0", "norm1"),
+            ("MultiHeadDotProductAttention_1/out", "attn.proj"),
+            ("MultiHeadDotProductAttention_1/", "attn."),
+            ("LayerNorm_2", "norm2"),
+            ("MlpBlock_3/Dense_0", "mlp.fc1"),
+            ("MlpBlock_3/Dense_1", "mlp.fc2"),
+        )
     ),
-    (r"Transformer/encoderblock_(\d+)/MultiHeadDotProductAttention_1/", r"blocks.\1.attn."),
-    (r"Transformer/encoderblock_(\d+)/LayerNorm_2", r"blocks.\1.norm2"),
-    (r"Transformer/encoderblock_(\d+)/MlpBlock_3/Dense_0", r"blocks.\1.mlp.fc1"),
-    (r"Transformer/encoderblock_(\d+)/MlpBlock_3/Dense_1", r"blocks.\1.mlp.fc2"),
-    (r"Transformer/encoder_norm", "norm"),
+    ("Transformer/encoder_norm", "norm"),
 ]
 CONVNEXT_AUTHORS = [
-    (r"downsample_layers\.0\.", "stem."),
-    *((rf"downsample_layers\.{i + 1}\.", f"downsample.{i}.") for i in range(3)),
-    (r"stages\.(\d+)\.(\d+)\.gamma", r"stages.\1.\2.layer_scale"),
+    ("downsample_layers.0.", "stem."),
+    *((f"downsample_layers.{i + 1}.", f"downsample.{i}.") for i in range(3)),
+    ("stages.{}.{}.gamma", STAGE + "layer_scale"),
 ]
-SWIN_AUTHORS = [
-    (r"patch_embed\.proj", "patch_embed"),
-    (r"patch_embed\.norm", "patch_norm"),
-    (
-        r"layers\.(\d+)\.blocks\.(\d+)\.attn\.relative_position_bias_table",
-        r"stages.\1.\2.attn.offset_bias",
-    ),
-    (r"layers\.(\d+)\.blocks\.", r"stages.\1."),
-    (r"layers\.(\d+)\.downsample\.", r"downsample.\1."),
+SWIN_BLOCKS = [
+    ("patch_embed.proj", "patch_embed"),
+    ("patch_embed.norm", "patch_norm"),
+    ("layers.{}.blocks.{}.attn.relative_position_bias_table", STAGE + "attn.offset_bias"),
+    ("layers.{}.blocks.{}.", STAGE),
 ]
-# timm's, of all three: its Swin has its authors' names, but for the mergings and the head
-TIMM_NAMES = [
-    (r"cls_token", "class_token"),
-    (r"pos_embed", "position"),
-    (r"stages\.(\d+)\.blocks\.(\d+)\.conv_dw", r"stages.\1.\2.dwconv"),
-    (r"stages\.(\d+)\.blocks\.(\d+)\.mlp\.fc", r"stages.\1.\2.pwconv"),
-    (r"stages\.(\d+)\.blocks\.(\d+)\.gamma", r"stages.\1.\2.layer_scale"),
-    (r"stages\.(\d+)\.blocks\.", r"stages.\1."),
-    *((rf"(?:stages|layers)\.{i + 1}\.downsample\.", f"downsample.{i}.") for i in range(3)),
-    (r"head\.norm", "norm"),
-    (r"head\.fc", "head"),
-    *SWIN_AUTHORS,
+SWIN_AUTHORS = [*SWIN_BLOCKS, ("layers.{}.downsample.", "downsample.{}.")]
+# timm's
+VIT_TIMM = [
+    ("cls_token", "class_token"),
+    ("pos_embed", "position"),
+    ("patch_embed.proj", "patch_embed"),
 ]
-# Hugging Face's
-LLAMA_NAMES = [
-    (r"model\.embed_tokens", "embed"),
-    (r"model\.layers\.(\d+)\.input_layernorm", r"blocks.\1.norm1"),
-    (r"model\.layers\.(\d+)\.self_attn", r"blocks.\1.attn"),
-    (r"model\.layers\.(\d+)\.post_attention_layernorm", r"blocks.\1.norm2"),
-    (r"model\.layers\.(\d+)\.mlp", r"blocks.\1.mlp"),
-    (r"model\.norm", "norm"),
-    (r"lm_head", "head"),
+CONVNEXT_TIMM = [
+    ("stages.{}.blocks.{}.conv_dw", STAGE + "dwconv"),
+    ("stages.{}.blocks.{}.mlp.fc", STAGE + "pwconv"),
+    ("stages.{}.blocks.{}.gamma", STAGE + "layer_scale"),
+    ("stages.{}.blocks.{}.", STAGE),
+    *((f"stages.{i + 1}.downsample.", f"downsample.{i}.") for i in range(3)),
+    ("head.norm", "norm"),
+    ("head.fc", "head"),
+]
+SWIN_TIMM = [
+    *SWIN_BLOCKS,
+    *((f"layers.{i + 1}.downsample.", f"downsample.{i}.") for i in range(3)),
+    ("head.fc", "head"),
 ]
 
 
-def rename(key: str, names: list[tuple[str, str]]) -> str:
-    """`key` with its start replaced by the first of the patterns that matches it, if any does."""
-    for pattern, ours in names:
-        new, found = re.subn("^" + pattern, ours, key)
-        if found:
-            return new
+def rename(key: str, names: list[tuple[str, str]], back: bool = False) -> str:
+    """`key` with its start replaced by the first pair of `names` that fits it, if any does.
+
+    back: our names are replaced by theirs.
+    """
+    for theirs, ours in names:
+        old, new = (ours, theirs) if back else (theirs, ours)
+        if found := re.match(re.escape(old).replace(r"\{\}", r"(\d+)"), key):
+            return new.format(*found.groups()) + key[found.end() :]
     return key
 
 
@@ -170,11 +187,7 @@ def distinct(entries: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def from_torchvision(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict of torchvision's ViT, ConvNeXt or Swin under our names and shapes.
-
-    torchvision numbers the stages of the latter two and the halvings between them in one row:
-    1, 3, 5, 7 are stages 0 to 3, and 2, 4, 6 are halvings 0 to 2.
-    """
+    """A state dict of torchvision's ViT, ConvNeXt or Swin under our names and shapes."""
     if "conv_proj.weight" in state:
         names = VIT_NAMES
     elif "features.1.0.attn.relative_position_bias_table" in state:
@@ -186,9 +199,6 @@ def from_torchvision(state: dict[str, Tensor]) -> dict[str, Tensor]:
         if key.endswith("relative_position_index"):  # no weight: the window's size tells it
             continue
         key = rename(key, names)
-        if names is not VIT_NAMES:
-            key = re.sub(r"^stages\.(\d)", lambda m: f"stages.{int(m[1]) // 2}", key)
-            key = re.sub(r"^downsample\.(\d)", lambda m: f"downsample.{int(m[1]) // 2 - 1}", key)
         converted[key] = value.flatten() if key.endswith("layer_scale") else value
     return converted
 
@@ -206,7 +216,11 @@ def from_timm(state: dict[str, Tensor]) -> dict[str, Tensor]:
     timm before 0.9, have it at the end of the stage that it leaves. Where windows do not fill the
     grid, timm pads it after the shift and ours before: there alone the two compute differently.
     """
-    return distinct((rename(key, TIMM_NAMES), value) for key, value in state.items())
+    if any(key.startswith("layers.") for key in state):
+        names = SWIN_TIMM
+    else:
+        names = CONVNEXT_TIMM if any(key.startswith("stages.") for key in state) else VIT_TIMM
+    return distinct((rename(key, names), value) for key, value in state.items())
 
 
 def from_vit_authors(arrays: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
@@ -539,134 +553,15 @@ def load_backbone(model: nn.Module, state: dict[str, Tensor], head: bool = False
     model.load_state_dict(state)
 
 
+def require(package: str, what: str) -> None:
+    """Raise ValueError if `what` needs a package that is not installed."""
+    if not importlib.util.find_spec(package):
+        raise ValueError(
+            f"{what} needs {package}, which is not installed; "
+            "run pip install -r requirements-extra.txt"
+        )
+
+
 def describe(tensor: Tensor | None) -> str:
     """A tensor's shape in words, for messages: 96×96, or 'missing'."""
     return "missing" if tensor is None else "×".join(map(str, tensor.shape)) or "a number"
-
-
-# ----------------------------------------------------------------------------------------- LLaMA
-
-
-def read_json(path: Path) -> dict:
-    """The object in a JSON file. Raises OSError if there is no such file or no object in it."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"there is no file {path}; give a complete model folder") from error
-    except ValueError as error:  # what is no JSON, and what is no text
-        raise OSError(f"{path} is broken: it is no JSON; fetch it again") from error
-    if not isinstance(content, dict):
-        raise OSError(f"{path} is broken: it holds no JSON object; fetch it again")
-    return content
-
-
-def llama_numbers(config: dict) -> dict:
-    """LLaMA's arguments from a Hugging Face config.json of whichever age.
-
-    Raises ValueError for what this LLaMA does not have, KeyError if an entry is missing.
-    """
-    kind = config["model_type"]
-    if kind != "llama":
-        raise ValueError(f"this is a model of type '{kind}'; only 'llama' can be loaded")
-    for key in ("attention_bias", "mlp_bias"):
-        if config.get(key):
-            raise ValueError(f"{key} is set; only LLaMA models without biases can be loaded")
-    if config.get("hidden_act", "silu") != "silu":
-        raise ValueError(f"hidden_act is '{config['hidden_act']}'; only 'silu' can be loaded")
-    # newer files hold both the base and the scaling in rope_parameters
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    scaled = rope.get("rope_type", rope.get("type", "default")) != "default"
-    return dict(
-        vocab=config["vocab_size"],
-        dim=config["hidden_size"],
-        depth=config["num_hidden_layers"],
-        heads=config["num_attention_heads"],
-        kv_heads=config.get("num_key_value_heads") or config["num_attention_heads"],
-        hidden=config["intermediate_size"],
-        context=config["max_position_embeddings"],
-        tied=config.get("tie_word_embeddings", False),
-        head_dim=config.get("head_dim"),
-        eps=config["rms_norm_eps"],
-        rope_base=rope.get("rope_theta") or config.get("rope_theta") or 10000.0,
-        rope_scaling=rope if scaled else None,
-    )
-
-
-def load_llama(folder: Path, dtype: torch.dtype = torch.float32) -> LLaMA:
-    """The LLaMA in a folder of the Hugging Face layout: config.json and safetensors files.
-
-    Weights become `dtype`, one tensor at a time, so that the model is never in memory twice; the
-    norms' stay in float32 at least. Raises OSError if a file is missing or broken, ValueError if
-    the model is of another architecture, naming what differs, or safetensors is not installed.
-    """
-    try:
-        from safetensors import SafetensorError, safe_open
-    except ImportError as error:
-        raise ValueError(
-            "LLaMA's weights need safetensors, which is not installed; "
-            "run pip install -r requirements-extra.txt"
-        ) from error
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"there is no folder {folder}; give one that holds a LLaMA model")
-    config = read_json(folder / "config.json")
-    try:
-        numbers = llama_numbers(config)
-        with torch.device("meta"):  # names and shapes, no memory
-            model = LLaMA(**numbers)
-    except KeyError as error:
-        raise OSError(f"{folder / 'config.json'} has no entry {error}; fetch it again") from error
-    except (AttributeError, ValueError, TypeError) as error:  # a text where a number belongs
-        raise ValueError(f"{folder / 'config.json'}: {error}") from error
-
-    own = dict(model.named_parameters())  # without the head where it is tied
-    missing = dict.fromkeys(own)
-    for path in weight_files(folder):
-        try:
-            with safe_open(path, framework="pt") as file:
-                for key in file.keys():
-                    name = rename(key, LLAMA_NAMES)
-                    if "rotary_emb.inv_freq" in key or (name == "head.weight" and numbers["tied"]):
-                        continue
-                    value = file.get_tensor(key)
-                    if name not in missing or value.shape != own[name].shape:
-                        raise ValueError(
-                            f"these weights are not of the model in config.json: {key} "
-                            f"({describe(value)} in {path.name}, {describe(own.get(name))} "
-                            f"in the model)"
-                        )
-                    wide = torch.promote_types(dtype, torch.float32)
-                    # a copy always: what get_tensor gives is the file itself, mapped into memory
-                    value = value.to(wide if "norm" in name else dtype, copy=True)
-                    parent, _, child = name.rpartition(".")
-                    setattr(model.get_submodule(parent), child, nn.Parameter(value))
-                    del missing[name]
-        except SafetensorError as error:
-            raise OSError(f"{path} is broken ({error}); fetch it again") from error
-    if missing:
-        raise ValueError(
-            f"these weights are not of the model in config.json: {', '.join([*missing][:3])} "
-            f"missing in {folder}"
-        )
-    if numbers["tied"]:
-        model.head.weight = model.embed.weight
-    return model
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model folder. Raises OSError if one is missing."""
-    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if whole.exists():
-        return [whole]
-    if not index.exists():
-        raise FileNotFoundError(
-            f"there is no {whole.name} in {folder}; fetch the model in the safetensors format"
-        )
-    try:
-        shards = [folder / name for name in sorted(set(read_json(index)["weight_map"].values()))]
-    except (KeyError, AttributeError, TypeError) as error:
-        raise OSError(f"{index} is broken: it names no files; fetch it again") from error
-    for shard in shards:
-        if not shard.exists():
-            raise FileNotFoundError(f"there is no file {shard}, which {index.name} names; fetch it")
-    return shards

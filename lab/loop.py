@@ -10,6 +10,7 @@ import json
 import math
 import os
 import shlex
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -277,12 +278,12 @@ def begin(args: argparse.Namespace, out: Path) -> None:
     """
     if args.resume:
         return require_checkpoint(out)
-    names = (*FINISHED, "adapter.pt", "metrics.jsonl", "checkpoint.pt")
+    names = (*FINISHED, "adapter.pt", "merged", "metrics.jsonl", "checkpoint.pt")
     files = [out / name for name in names if (out / name).exists()]
     if files and not (out / "config.json").exists():
         raise ValueError(f"{files[0]} is not from a run and would be lost; choose another --out")
     for old in files:  # before the new settings are there: no model ever stands beside another's
-        old.unlink(missing_ok=True)
+        shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
     config = {k: str(v) if k == "device" else v for k, v in vars(args).items()}
     write_text(json.dumps(config, indent=1) + "\n", out / "config.json")
 

@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import san
-from lab import checkpoints, microworld
+from lab import microworld
+from lab.llama import LlamaTokenizer
 
 # -------------------------------------------------------------------------------------- tokens
 
@@ -73,43 +74,6 @@ def microworld_tokenizer() -> Tokenizer:
     pieces = {piece for text in texts for piece in re.findall(Tokenizer.WORD, text)}
     pieces |= {*microworld.PEOPLE, *sentences}  # a name without a space begins some documents
     return Tokenizer(sorted(pieces))
-
-
-class LlamaTokenizer:
-    """A checkpoint's own tokenizer.json, read by the `tokenizers` package; `end` as in config.json.
-
-    Raises OSError if the file is missing or broken, ValueError if the package is.
-    """
-
-    def __init__(self, folder: Path):
-        self.saved, path = str(folder.resolve()), folder / "tokenizer.json"
-        if not path.is_file():
-            raise OSError(
-                f"{folder} has no tokenizer.json; fetch it from where the weights are from"
-            )
-        try:
-            import tokenizers
-        except ImportError as error:
-            raise ValueError(
-                "a checkpoint's tokenizer needs packages: pip install -r requirements-extra.txt"
-            ) from error
-        try:
-            self.inner = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the package raises plain Exceptions
-            raise OSError(f"{path} is no tokenizer that can be read ({error})") from error
-        end = checkpoints.read_json(folder / "config.json").get("eos_token_id")
-        self.end = next(iter(end), None) if isinstance(end, list) else end
-        if type(self.end) is not int or not 0 <= self.end < len(self):
-            raise OSError(f"{folder / 'config.json'} has no eos_token_id that {path.name} knows")
-
-    def __len__(self) -> int:
-        return self.inner.get_vocab_size()
-
-    def encode(self, text: str) -> list[int]:
-        return self.inner.encode(text).ids
-
-    def decode(self, numbers: list[int]) -> str:
-        return self.inner.decode(numbers)
 
 
 # --------------------------------------------------------------------------------- eight tasks
@@ -266,7 +230,7 @@ def question(record: dict, where: str) -> Question:
 IGNORE = -100  # the label of a token whose successor is not asked for
 
 
-def encode(question: Question, tokenizer: Tokenizer) -> tuple[list[int], int]:
+def encode(question: Question, tokenizer: Tokenizer | LlamaTokenizer) -> tuple[list[int], int]:
     """Tokens of prompt, answer and end, and where the answer begins.
 
     Both are written together, as a tokenizer may join what stands at the border.

@@ -13,7 +13,7 @@ from torch import nn
 
 import models
 import san
-from lab import checkpoints
+from lab import llama
 from models import LLAMA_MICRO, LLaMA
 from san import Link
 
@@ -119,7 +119,7 @@ def folder(original, tmp_path) -> Path:
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_transformers_model_loads_and_gives_the_same_logits(variant, tmp_path):
     real = theirs(**VARIANTS[variant])
-    own = checkpoints.load_llama(save(real, tmp_path))
+    own = llama.load_llama(save(real, tmp_path))
     for count in (1, 7, 40):  # 40 is beyond the context of 32, and of llama3's original 24
         tokens = random_tokens(count)
         expected = real(tokens).logits
@@ -131,7 +131,7 @@ def test_transformers_model_loads_and_gives_the_same_logits(variant, tmp_path):
 @pytest.mark.parametrize("variant", ["grouped", "tied", "llama3"])
 def test_greedy_generation_gives_the_tokens_of_transformers(variant, tmp_path):
     real = theirs(**VARIANTS[variant])
-    own = checkpoints.load_llama(save(real, tmp_path))
+    own = llama.load_llama(save(real, tmp_path))
     prompt = random_tokens(5, batch=1)
     expected = real.generate(
         prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=30, do_sample=False
@@ -176,7 +176,7 @@ def swap_the_key_heads(model):
 )
 def test_a_mistake_in_the_model_shows_in_the_logits(mistake, tmp_path):
     real = theirs(rope_parameters=LLAMA3)
-    own, tokens = checkpoints.load_llama(save(real, tmp_path)), random_tokens(40)
+    own, tokens = llama.load_llama(save(real, tmp_path)), random_tokens(40)
     mistake(own)
     assert (own(tokens) - real(tokens).logits).abs().max() > 1e-2
 
@@ -188,7 +188,7 @@ def test_shards_load_as_one_file_does(original, tmp_path):
     real, whole = original
     save(real, tmp_path, max_shard_size="4KB")
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
-    sharded, single = checkpoints.load_llama(tmp_path), checkpoints.load_llama(whole)
+    sharded, single = llama.load_llama(tmp_path), llama.load_llama(whole)
     assert sharded.state_dict().keys() == single.state_dict().keys()
     for key, value in sharded.state_dict().items():
         assert torch.equal(value, single.state_dict()[key]), key
@@ -199,11 +199,11 @@ def test_bfloat16_weights_load_as_they_are_with_float32_norms(original, tmp_path
     for parameter in real.parameters():
         parameter.data = parameter.data.bfloat16().float()
     save(copy.deepcopy(real).bfloat16(), tmp_path)
-    own = checkpoints.load_llama(tmp_path, dtype=torch.bfloat16)
+    own = llama.load_llama(tmp_path, dtype=torch.bfloat16)
     for name, parameter in own.named_parameters():
         assert parameter.dtype == (torch.float32 if "norm" in name else torch.bfloat16), name
     tokens = random_tokens(7)
-    wide = checkpoints.load_llama(tmp_path, dtype=torch.float32)
+    wide = llama.load_llama(tmp_path, dtype=torch.float32)
     assert difference(wide, lambda tokens: real(tokens).logits, tokens) < 1e-4
     assert own(tokens).dtype == torch.bfloat16
     assert difference(own, wide, tokens) < 0.15  # bfloat16 keeps 8 bits
@@ -219,10 +219,10 @@ def test_rotary_angles_keep_their_precision_in_bfloat16():
 
 
 def test_a_tied_head_is_one_weight_even_if_the_file_holds_both(tmp_path):
-    own = checkpoints.load_llama(save(theirs(tie_word_embeddings=True), tmp_path))
+    own = llama.load_llama(save(theirs(tie_word_embeddings=True), tmp_path))
     assert own.head.weight is own.embed.weight
     change_weights(tmp_path, lambda state: state.update({"lm_head.weight": torch.zeros(3)}))
-    again = checkpoints.load_llama(tmp_path)
+    again = llama.load_llama(tmp_path)
     assert again.head.weight is again.embed.weight
     assert torch.equal(again.head.weight, own.head.weight)
 
@@ -232,23 +232,23 @@ def test_the_frequencies_of_older_files_are_ignored(original, folder):
         state["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(2)
 
     change_weights(folder, add)
-    assert difference(*map(checkpoints.load_llama, (original[1], folder)), random_tokens(7)) == 0
+    assert difference(*map(llama.load_llama, (original[1], folder)), random_tokens(7)) == 0
 
 
 def test_an_older_config_says_the_same(original, tmp_path):
     """No key-value heads, no head_dim, and the rotary numbers in two entries, `type` among them."""
     save(theirs(num_key_value_heads=4, rope_parameters=LINEAR), tmp_path)
-    new = checkpoints.load_llama(tmp_path)
+    new = llama.load_llama(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     for key in ("num_key_value_heads", "head_dim", "rope_parameters", "tie_word_embeddings"):
         config.pop(key, None)
     config |= {"rope_theta": 500.0, "rope_scaling": {"type": "linear", "factor": 2.5}}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert difference(new, checkpoints.load_llama(tmp_path), random_tokens(7)) == 0
+    assert difference(new, llama.load_llama(tmp_path), random_tokens(7)) == 0
 
 
 def test_the_loaded_model_does_not_hang_on_its_file(folder):
-    model, tokens = checkpoints.load_llama(folder), random_tokens(7)
+    model, tokens = llama.load_llama(folder), random_tokens(7)
     before = model(tokens)
     (folder / "model.safetensors").write_bytes(bytes((folder / "model.safetensors").stat().st_size))
     assert torch.equal(model(tokens), before)
@@ -274,7 +274,7 @@ def change_config(folder: Path, **changes) -> None:
 def test_without_safetensors_the_message_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "safetensors", None)
     with pytest.raises(ValueError, match="pip install -r requirements-extra.txt"):
-        checkpoints.load_llama(tmp_path)
+        llama.load_llama(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -294,7 +294,7 @@ def test_without_safetensors_the_message_says_what_to_install(tmp_path, monkeypa
 def test_another_architecture_is_refused_by_name(changes, named, folder):
     change_config(folder, **changes)
     with pytest.raises(ValueError, match=named):
-        checkpoints.load_llama(folder)
+        llama.load_llama(folder)
 
 
 @pytest.mark.parametrize(
@@ -305,13 +305,13 @@ def test_another_architecture_is_refused_by_name(changes, named, folder):
 def test_a_missing_entry_of_the_config_is_named(key, folder):
     change_config(folder, **{key: "remove"})
     with pytest.raises(OSError, match=f"config.json has no entry '{key}'"):
-        checkpoints.load_llama(folder)
+        llama.load_llama(folder)
 
 
 def test_a_missing_number_of_the_rotary_scaling_is_named(folder):
     change_config(folder, rope_parameters={"rope_type": "linear"})
     with pytest.raises(OSError, match="config.json has no entry 'factor'"):
-        checkpoints.load_llama(folder)
+        llama.load_llama(folder)
 
 
 def remove_the_folder(folder):
@@ -378,7 +378,7 @@ def make_the_index_say_nothing(folder):
 def test_a_missing_or_broken_file_is_named(change, named, folder):
     change(folder)
     with pytest.raises(OSError, match=named):
-        checkpoints.load_llama(folder)
+        llama.load_llama(folder)
 
 
 def leave_a_tensor_out(state):
@@ -409,7 +409,7 @@ def widen_a_tensor(state):
 def test_a_tensor_that_does_not_fit_the_config_is_named(change, named, folder):
     change_weights(folder, change)
     with pytest.raises(ValueError, match=named):
-        checkpoints.load_llama(folder)
+        llama.load_llama(folder)
 
 
 # ------------------------------------------------------------------------------------ building
