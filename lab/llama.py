@@ -147,8 +147,9 @@ def load_llama(source: str | Path, dtype: torch.dtype = torch.float32) -> LLaMA:
 def without_weights(numbers: Callable[[], dict], described: Path) -> LLaMA:
     """The model of these numbers, which the file `described` gives; its weights take no memory."""
     try:
+        arguments = numbers()
         with torch.device("meta"):
-            return LLaMA(**numbers())
+            return LLaMA(**arguments)
     except KeyError as error:
         raise OSError(f"{described} has no entry {error}; fetch it again") from error
     except (AttributeError, ValueError, TypeError) as error:  # a text where a number belongs
