@@ -4,13 +4,14 @@ They come as `Questions`, every one with its options and the right one among the
 turns text into numbers. [us] our choice, as in san.py.
 """
 
+import codecs
 import http.client
 import json
 import os
 import re
 import urllib.request
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -79,6 +80,7 @@ def microworld_tokenizer() -> Tokenizer:
 # --------------------------------------------------------------------------------- eight tasks
 
 EIGHT = microworld.FAMILIES  # the folders' names are the tasks' names in LLM-Adapters
+UTF_16 = codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE  # how such a text begins
 LLM_ADAPTERS = "https://raw.githubusercontent.com/AGI-Edgerunners/LLM-Adapters/main"
 
 
@@ -172,7 +174,11 @@ def hold_out(
 
 
 def read_questions(path: Path, address: str | None = None) -> list[Question]:
-    """A file of LLM-Adapters' format; from its repository if it is missing here. Raises OSError."""
+    """A file of LLM-Adapters' format; from its repository if it is missing here.
+
+    One JSON list, or JSON Lines, an example per line; in UTF-8 or, with its mark, UTF-16.
+    Raises OSError, which names the line or the example.
+    """
     if not path.is_file() and address is None:
         raise OSError(f"there is no file {path}")
     if not path.is_file():
@@ -185,15 +191,36 @@ def read_questions(path: Path, address: str | None = None) -> list[Question]:
                 f"network, fetch {LLM_ADAPTERS}/{address} and put it there"
             ) from error
         san.write(text, path, save=lambda content, file: file.write_bytes(content))
-    try:
-        records = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # broken JSON or broken UTF-8
-        raise OSError(f"{path} is not JSON ({error}); fetch it again") from error
-    if not isinstance(records, list):
-        raise OSError(f"{path} is not a list of questions")
+    records = read_records(path)
     if not records:
         raise OSError(f"{path} holds no question")
-    return [question(record, f"{path}, example {i}") for i, record in enumerate(records)]
+    return [question(record, where) for where, record in records.items()]
+
+
+def read_records(path: Path) -> dict[str, Any]:
+    """The records of a JSON list or of JSON Lines, by what to call each in a message."""
+    data = path.read_bytes()
+    try:
+        text = data.decode("utf-16" if data.startswith(UTF_16) else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise OSError(f"{path}, line {line}, is no text in UTF-8 or UTF-16") from error
+    if text.lstrip().startswith("["):
+        records = enumerate(parsed(text, path, 1))
+        return {f"{path}, example {i}": record for i, record in records}
+    lines = enumerate(text.split("\n"), 1)
+    return {f"{path}, line {n}": parsed(line, path, n) for n, line in lines if line.strip()}
+
+
+def parsed(text: str, path: Path, line: int) -> Any:
+    """What a JSON text says, which begins in this line of a file. Raises OSError."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise OSError(
+            f"{path}, line {line + error.lineno - 1}, is not JSON: {error.msg}, "
+            f"character {error.colno}"
+        ) from error
 
 
 def question(record: dict, where: str) -> Question:

@@ -33,7 +33,7 @@ def transformers():
     return pytest.importorskip("transformers", reason="the reference; pip install transformers")
 
 
-# -------------------------------------------------------------------- files as llama.cpp writes them
+# ------------------------------------------------------------------- files as llama.cpp writes them
 
 
 def bytes_vocabulary(pre: str) -> dict:

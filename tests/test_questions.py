@@ -112,6 +112,88 @@ def test_a_checkpoints_tokenizer_begins_a_text_as_it_says_and_ends_it_as_the_con
     assert questions.LlamaTokenizer(checkpoint).end == 128
 
 
+def change_tokenizer(folder: Path, change) -> questions.LlamaTokenizer:
+    """The tokenizer in the folder after `change` of the package's own has been saved."""
+    import tokenizers
+
+    inner = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    change(inner)
+    inner.save(str(folder / "tokenizer.json"))
+    return questions.LlamaTokenizer(folder)
+
+
+QUESTION = questions.Question(questions.PROMPT.format("Is it?"), "it is true", ("true", "false"), 0)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda inner: inner.enable_truncation(16),
+        lambda inner: inner.enable_padding(length=400),
+        lambda inner: (inner.enable_truncation(4, strategy="only_first"), inner.enable_padding()),
+    ],
+)
+def test_a_length_that_was_saved_with_a_tokenizer_neither_cuts_nor_fills(change, checkpoint):
+    expected = questions.encode(QUESTION, questions.LlamaTokenizer(checkpoint))
+    assert questions.encode(QUESTION, change_tokenizer(checkpoint, change)) == expected
+    assert len(expected[0]) > 16
+
+
+def ending(template: str):
+    def change(inner) -> None:
+        import tokenizers
+
+        special = [("<s>", 0), ("</s>", 1)]
+        template_of = tokenizers.processors.TemplateProcessing
+        inner.post_processor = template_of(template, None, special)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("template", "begin"),
+    [
+        ("<s> $A </s>", [0]),
+        ("$A </s>", []),
+        ("</s> $A </s> </s>", [1]),  # as some begin a text with what ends it
+        ("<s> <s> $A", [0, 0]),
+    ],
+)
+def test_what_a_tokenizer_puts_after_a_text_is_left_out(template, begin, checkpoint):
+    plain = questions.LlamaTokenizer(checkpoint).encode(QUESTION.prompt)[1:]
+    own = change_tokenizer(checkpoint, ending(template))
+    assert own.encode(QUESTION.prompt) == begin + plain
+    tokens, start = questions.encode(QUESTION, own)
+    assert tokens[-1] == own.end != tokens[-2]
+    assert own.decode(tokens[start:]) == QUESTION.output
+
+
+def test_special_tokens_beyond_the_models_rows_are_text_and_others_count(checkpoint):
+    rows = len(questions.LlamaTokenizer(checkpoint))
+    config = {"eos_token_id": 1, "vocab_size": rows}
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    padded = change_tokenizer(checkpoint, lambda inner: inner.add_special_tokens(["<pad>"]))
+    assert len(padded) == rows
+    numbers = padded.encode("a <pad>")
+    assert max(numbers) < rows and padded.decode(numbers) == "a <pad>"
+    worded = change_tokenizer(checkpoint, lambda inner: inner.add_tokens(["Answer format"]))
+    assert len(worded) > rows and max(worded.encode("Answer format")) >= rows
+
+
+def test_an_added_special_token_that_the_model_has_a_row_for_stays_one(checkpoint):
+    rows = len(questions.LlamaTokenizer(checkpoint)) + 1
+    config = {"eos_token_id": 1, "vocab_size": rows}
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    own = change_tokenizer(checkpoint, lambda inner: inner.add_special_tokens(["<pad>"]))
+    assert own.encode("<pad>") == [0, rows - 1] and len(own) == rows
+
+
+def test_a_tokenizer_model_alone_is_told_how_to_convert(checkpoint):
+    (checkpoint / "tokenizer.json").rename(checkpoint / "tokenizer.model")
+    with pytest.raises(OSError, match="convert it: pip install transformers.*save_pretrained"):
+        questions.LlamaTokenizer(checkpoint)
+
+
 @pytest.mark.parametrize(
     ("file", "text", "words"),
     [
@@ -260,10 +342,16 @@ GOOD = example("boolq", 0)
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ("[{", "is not JSON"),
-        (b"\xff\xfe[]", "is not JSON"),
-        ({"instruction": "?"}, "is not a list"),
+        ("[{", "line 1, is not JSON: .*, character 3"),
+        ('[\n{},\n{"instruction": }]', "line 3, is not JSON: .*, character 17"),
+        ("nonsense", "line 1, is not JSON"),
+        ('{}\n\n{"instruction":', "line 3, is not JSON"),
+        (b"\xff\xfe[", "line 1, is no text in UTF-8 or UTF-16"),
+        (b'[\n"\xe4"]', "line 2, is no text in UTF-8 or UTF-16"),
+        ({"instruction": "?"}, "line 1 has no text called 'output'"),
+        (f"{json.dumps(GOOD)}\n\n3", "line 3 has no text called 'instruction'"),
         ([], "holds no question"),
+        ("", "holds no question"),
         ([GOOD, 3], "example 1 has no text called 'instruction'"),
         ([{**GOOD, "instruction": None}], "example 0 has no text called 'instruction'"),
         ([GOOD, GOOD, {"instruction": "?"}], "example 2 has no text called 'output'"),
@@ -283,6 +371,26 @@ def test_a_file_that_holds_no_questions_is_refused_by_its_name_and_example(conte
         questions.load_questions(str(files), ["boolq"])
     message = str(caught.value)
     assert str(path) in message and "\n" not in message and len(message) < 400
+    assert "fetch" not in message  # it is the user's own
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-be-marked"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize("lines", [False, True])
+def test_questions_are_read_as_windows_and_others_write_them(encoding, end, lines, files):
+    path, content = files / "openbookqa" / "test.json", [example("openbookqa", i) for i in range(5)]
+    expected = [questions.question(record, "here") for record in content]
+    if lines:
+        text = "\n\n".join(json.dumps(record, ensure_ascii=False) for record in content) + "\n"
+    else:
+        text = json.dumps(content, ensure_ascii=False, indent=2)
+    text = text.replace("\n", end)
+    if encoding == "utf-16-be-marked":
+        path.write_bytes(b"\xfe\xff" + text.encode("utf-16-be"))
+    else:
+        path.write_bytes(text.encode(encoding))
+    assert questions.read_questions(path) == expected
+    assert "東京" in expected[2].options
 
 
 def test_unknown_tasks_and_folders_are_refused_by_name(files):

