@@ -277,6 +277,14 @@ def from_windows(x: Tensor, window: int, height: int) -> Tensor:
     return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)
 
 
+def offset_index(window: int) -> Tensor:
+    """w²×w²: for two places of a window, which of the (2w − 1)² offsets leads from one to other."""
+    # place (y, x) becomes y (2w − 1) + x, so that the difference of two gives their offset
+    place = torch.arange(window**2)
+    place = place // window * (2 * window - 1) + place % window
+    return place[:, None] - place + 2 * window * (window - 1)  # from 0 on
+
+
 class WindowAttention(Attention):
     """Attention inside windows of w×w places, softmax(q kᵀ / √d + bias) v, on B×H×W×C.
 
@@ -291,11 +299,7 @@ class WindowAttention(Attention):
         self.window, self.shift = window, shift
         self.offset_bias = nn.Parameter(torch.zeros((2 * window - 1) ** 2, heads))
         nn.init.trunc_normal_(self.offset_bias, std=0.02)
-        # place (y, x) becomes y (2w − 1) + x, so that the difference of two gives their offset
-        place = torch.arange(window**2)
-        place = place // window * (2 * window - 1) + place % window
-        index = place[:, None] - place + 2 * window * (window - 1)  # w²×w², from 0 on
-        self.register_buffer("index", index, persistent=False)
+        self.register_buffer("index", offset_index(window), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         w, (height, width) = self.window, x.shape[1:3]

@@ -2,7 +2,8 @@
 
 `backbone_state` gives what --weights names, from a file or from the cache of downloads, and
 `load_backbone` puts it into a model of models.py. Whose a layout is decides its names alone: the
-architectures are the same. LLaMA's are in llama.py.
+architectures are the same. LLaMA's are in llama.py. What a run saved, for a model of others:
+    python -m lab.checkpoints runs/…/merged.pt --layout timm out.pt
 """
 
 import argparse
@@ -12,6 +13,7 @@ import http.client
 import importlib.util
 import math
 import re
+import sys
 import urllib.error
 import urllib.request
 import warnings
@@ -28,6 +30,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import san
+from models import offset_index
 
 # what pictures are normalised with, by channel: every published backbone but the authors' ViT
 # was trained on pixels, 0 … 1, less MEAN and divided by STD
@@ -162,6 +165,11 @@ SWIN_TIMM = [
     *((f"layers.{i + 1}.downsample.", f"downsample.{i}.") for i in range(3)),
     ("head.fc", "head"),
 ]
+# whose names `to_layout` writes: of ViT, ConvNeXt, Swin
+TARGETS = {
+    "timm": (VIT_TIMM, CONVNEXT_TIMM, SWIN_TIMM),
+    "torchvision": (VIT_NAMES, CONVNEXT_NAMES, SWIN_NAMES),
+}
 
 
 def rename(key: str, names: list[tuple[str, str]], back: bool = False) -> str:
@@ -221,6 +229,28 @@ def from_timm(state: dict[str, Tensor]) -> dict[str, Tensor]:
     else:
         names = CONVNEXT_TIMM if any(key.startswith("stages.") for key in state) else VIT_TIMM
     return distinct((rename(key, names), value) for key, value in state.items())
+
+
+def to_layout(state: dict[str, Tensor], layout: str) -> dict[str, Tensor]:
+    """A state dict of ours under the names of 'timm' or 'torchvision', whose model loads it.
+
+    The inverse of from_timm and from_torchvision. Raises ValueError for what has no place there.
+    """
+    if any(key.endswith(".prompts") for key in state):
+        raise ValueError(f"the prompts of vpt have no place in a model of {layout}")
+    kinds = ("class_token", "stem.0.weight", "patch_norm.weight")
+    kind = next((i for i, key in enumerate(kinds) if key in state), None)
+    if kind is None:
+        raise ValueError("holds no ViT, ConvNeXt or Swin of ours")
+    converted = {rename(key, TARGETS[layout][kind], back=True): v for key, v in state.items()}
+    if layout == "torchvision":
+        for key, value in [*converted.items()]:
+            if key.endswith("layer_scale"):
+                converted[key] = value.view(-1, 1, 1)
+            if key.endswith("bias_table"):
+                window = (math.isqrt(len(value)) + 1) // 2
+                converted[key.replace("bias_table", "index")] = offset_index(window).flatten()
+    return converted
 
 
 def from_vit_authors(arrays: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
@@ -565,3 +595,21 @@ def require(package: str, what: str) -> None:
 def describe(tensor: Tensor | None) -> str:
     """A tensor's shape in words, for messages: 96×96, or 'missing'."""
     return "missing" if tensor is None else "×".join(map(str, tensor.shape)) or "a number"
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description="Write a run's model for timm or torchvision.")
+    p.add_argument("weights", help="merged.pt or model.pt")
+    p.add_argument("--layout", required=True, choices=TARGETS)
+    p.add_argument("out")
+    args = p.parse_args()
+    try:
+        san.write(to_layout(read_backbone(args.weights), args.layout), args.out)
+    except (ValueError, OSError) as error:
+        print(f"{p.prog}: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, ValueError) else 1)
+    print(f"saved {args.out}, a state dict of {args.layout}'s model")
+
+
+if __name__ == "__main__":
+    main()

@@ -299,6 +299,58 @@ def test_a_file_of_timm_gives_the_features_and_logits_of_timms_model(ours, tmp_p
     assert difference(theirs, ours, images) < 1e-5
 
 
+def torchvisions(ours: nn.Module) -> nn.Module:
+    """torchvision's own model of the size of one of those."""
+    if isinstance(ours, ViT):
+        return torchvisions_tiny_vit()
+    return torchvisions_tiny_swin() if isinstance(ours, Swin) else torchvisions_tiny_convnext()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layout", ["timm", "torchvision"])
+@pytest.mark.parametrize("kind", ["vit", "convnext", "swin"])
+def test_a_runs_model_is_written_for_others_who_compute_the_same(
+    kind, layout, tmp_path, monkeypatch, capsys
+):
+    if layout == "timm":
+        ours = {"vit": VIT, "convnext": CONVNEXT, "swin": SWIN}[kind]
+    else:
+        ours = {"vit": tiny_vit, "convnext": tiny_convnext, "swin": tiny_swin}[kind]()
+    theirs = copy.deepcopy(timms_tiny(ours) if layout == "timm" else torchvisions(ours))
+    run = {"model": kind, "factors": [5], "state_dict": ours.state_dict()}
+    torch.save(run, tmp_path / "merged.pt")
+    words = [tmp_path / "merged.pt", "--layout", layout, tmp_path / "out.pt"]
+    monkeypatch.setattr("sys.argv", ["checkpoints", *map(str, words)])
+    checkpoints.main()
+    assert f"out.pt, a state dict of {layout}'s model" in capsys.readouterr().out
+    theirs.load_state_dict(torch.load(tmp_path / "out.pt"))  # every name is there
+    images = random_images(32)
+    assert difference(theirs, ours, images) < 1e-5 < theirs(images).std()
+    assert same(checkpoints.read_backbone(tmp_path / "out.pt"), ours.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("content", "code", "words"),
+    [
+        (None, 1, "there is no file"),
+        ({"embed.weight": torch.zeros(3, 2)}, 2, "holds no ViT, ConvNeXt or Swin"),
+        ({"class_token": torch.zeros(1), "blocks.0.prompts": torch.zeros(2)}, 2, "prompts of vpt"),
+    ],
+)
+def test_what_others_have_no_place_for_is_refused(
+    content, code, words, tmp_path, monkeypatch, capsys
+):
+    if content:
+        torch.save(content, tmp_path / "merged.pt")
+    names = [str(tmp_path / "merged.pt"), "--layout", "timm", str(tmp_path / "out.pt")]
+    monkeypatch.setattr("sys.argv", ["checkpoints", *names])
+    with pytest.raises(SystemExit, match=str(code)):
+        checkpoints.main()
+    message = capsys.readouterr().err
+    assert words in message and len(message.splitlines()) == 1
+    assert not (tmp_path / "out.pt").exists()
+
+
 def test_where_a_swins_mergings_stand_tells_timms_layout_from_its_authors(tmp_path):
     merging = "layers.1.downsample.reduction.weight"
     authors, timm = published_swin(SWIN)["model"], timms(SWIN)
