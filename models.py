@@ -702,21 +702,35 @@ class LLaMA(nn.Module):
 
 
 @torch.no_grad()
-def generate(model: LLaMA, tokens: list[int], count: int, stop: int | None = None) -> list[int]:
-    """Greedy decoding: up to `count` tokens after the prompt `tokens`, the likeliest each time.
+def generate(
+    model: LLaMA, prompts: list[list[int]], count: int, stop: int | None = None
+) -> list[list[int]]:
+    """Greedy decoding: per prompt up to `count` tokens that follow it, the likeliest each time.
 
-    It ends before the token `stop`. The prompt has one token or more; whether it fits the model's
+    A text ends before the token `stop`. A prompt has one token or more; whether it fits the model's
     context is the caller's concern.
     """
+    longest, device = max(map(len, prompts)), model.embed.weight.device
+    padding = torch.tensor([longest - len(prompt) for prompt in prompts], device=device)
+    x = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts], device=device)
+    places = torch.arange(longest, device=device) - padding[:, None]  # B×N, then B×1
+    real = places >= 0  # the padding, at the left, sees itself alone, and nobody sees it
+    mask = torch.ones(longest, longest, dtype=torch.bool, device=device).tril() & real[:, None]
+    mask |= torch.eye(longest, dtype=torch.bool, device=device)  # B×N×N, then B×1×(P+1)
     cache, new = [None] * len(model.blocks), []
-    x = torch.tensor([tokens], device=model.embed.weight.device)  # 1×N, then 1×1
+    ended = torch.zeros_like(padding, dtype=torch.bool)
     for _ in range(count):
-        token = model.head(model.features(x, cache=cache)[:, -1]).argmax().item()
-        if token == stop:
+        own = None if real.all() else mask[:, None]
+        z = model.features(x, places.clamp(min=0), own, cache)[:, -1]
+        x = model.head(z).argmax(-1, keepdim=True)  # B×1
+        ended |= x[:, 0] == stop
+        if ended.all():
             break
-        new.append(token)
-        x = x.new_tensor([[token]])
-    return new
+        new.append(x)
+        real = torch.cat([real, torch.ones_like(real[:, :1])], 1)
+        mask, places = real[:, None], places[:, -1:] + 1
+    rows = torch.cat([x[:, :0], *new], 1).tolist()
+    return [row[: row.index(stop)] if stop in row else row for row in rows]
 
 
 # ------------------------------------------------------------------------------ sizes, building

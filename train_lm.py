@@ -22,7 +22,7 @@ import models
 import san
 from lab import llama, loop, methods, microworld, questions, tables
 from lab.questions import LlamaTokenizer, Questions, Tokenizer, collate, encode, token_loss
-from lab.scoring import ABSENT, accuracy, answer, branch, guesses, mean, speak
+from lab.scoring import ABSENT, accuracy, answer, branch, guesses, mean, per_character, speak
 
 WEIGHTS = Path(__file__).parent / "weights" / "llama_micro.pt"
 # [us] the grids of --compare; the first is the default, as validation on microworld chose it
@@ -57,12 +57,18 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     )
     add("--train-file", help="train on this file in place of every train.json")
     add("--shots", type=loop.positive, help="labelled questions of a task, with validation's")
+    add("--test-shots", type=loop.positive, help="score on so many test questions of a task")
     add("--weights", help="a LLaMA's folder, .gguf or model.pt, smollm2, or none; default: shipped")
     add("--dtype", default="float32", choices=["float32", "bfloat16"], help="of frozen weights")
     add(
         "--score",
         choices=["likelihood", "generate"],
         help="take the likeliest option, the default, or the first that the model's own text names",
+    )
+    add(
+        "--ask",
+        choices=["words", "options"],
+        help="score each option's own words, the default with likelihood, or the numbers of a list",
     )
     loop.add_flags(p, list(LEARNING_RATES), epochs=5, batch=32)
     args = p.parse_args(words)
@@ -71,10 +77,17 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     corpus = args.tasks == ["corpus"]
     if "corpus" in args.tasks and (not corpus or args.data != "microworld" or args.compare):
         p.error("--tasks corpus stands alone, with microworld and one method")
-    if corpus and (args.shots or args.train_file or args.score):
-        p.error("--tasks corpus has no questions: leave --shots, --train-file and --score out")
-    if args.score is None and not args.evaluate:
+    asking = (args.shots, args.test_shots, args.train_file, args.score, args.ask)
+    if corpus and any(asking):
+        p.error("--tasks corpus has no questions: leave all flags out that are about them")
+    if args.score == "generate" and args.ask == "words":
+        p.error("--score generate looks for the names of a list: leave --ask words out")
+    if args.score is None and (args.ask == "words" or not args.evaluate):
         args.score = "likelihood"
+    if args.ask is None and (args.score == "generate" or not args.evaluate):
+        args.ask = "options" if args.score == "generate" else "words"
+    if args.data == "microworld" and not args.evaluate:
+        args.ask = "options"  # its lists have the options' own words
     if args.dtype != "float32" and (args.compare or args.method in ("linear", "full")):
         p.error("linear, full and with them --compare train the weights; give --dtype float32")
     args.wiring, args.shift = "san", False  # a LLaMA has one wiring, and no bias to shift
@@ -169,7 +182,9 @@ def load_job(
     """The job, and its questions; the corpus has none."""
     if args.tasks == ["corpus"]:
         return corpus_job(tokenizer, args), None
-    asked = questions.load_questions(args.data, args.tasks, args.train_file, args.shots)
+    asked = questions.load_questions(
+        args.data, args.tasks, args.train_file, args.shots, args.ask, args.test_shots
+    )
     print(
         f"{args.data}: {sum(map(len, asked.train.values()))} training, "
         f"{sum(map(len, asked.val.values()))} validation and "
@@ -190,8 +205,8 @@ def questions_job(
     """
     for task, scored in [*asked.val.items(), *asked.test.items()]:
         for i, question in enumerate(scored):
-            shared, tails = branch(question, tokenizer)
-            if (length := len(shared) + max(map(len, tails))) > model.context:
+            own = branch(question, tokenizer)
+            if (length := len(own.shared) + max(map(len, own.tails))) > model.context:
                 raise ValueError(
                     f"{task}, question {i}: prompt and answer of {length} tokens exceed the "
                     f"context of {model.context}; take a model with a longer one, or other --tasks"
@@ -210,12 +225,26 @@ def questions_job(
     def test(model: nn.Module) -> tuple[Tensor, dict]:
         """Every option's score, and the accuracies, 0 … 1: each task's and their mean."""
         scores = {task: answer(model, own, tokenizer, args) for task, own in asked.test.items()}
-        parts = {task: accuracy(scores[task], own) for task, own in asked.test.items()}
         most = max(s.shape[1] for s in scores.values())
         rows = [F.pad(s, (0, most - s.shape[1]), value=ABSENT) for s in scores.values()]
-        return torch.cat(rows), {"test": mean(parts.values()), "parts": parts}
+        return torch.cat(rows), accuracies(scores, asked.test, args)
 
     return Job(DataLoader(kept, args.batch_size, shuffle=True, collate_fn=collate), validate, test)
+
+
+def accuracies(
+    scores: dict[str, Tensor], asked: dict[str, list[questions.Question]], args: argparse.Namespace
+) -> dict:
+    """Of scores by task: parts, each task's accuracy, 0 … 1, and test, their mean.
+
+    With --ask words also parts_norm and test_norm, by log-likelihood `per_character`.
+    """
+    parts = {task: accuracy(scores[task], own) for task, own in asked.items()}
+    figures = {"test": mean(parts.values()), "parts": parts}
+    if args.ask == "words":
+        norm = {t: accuracy(per_character(scores[t], own), own) for t, own in asked.items()}
+        figures |= {"test_norm": mean(norm.values()), "parts_norm": norm}
+    return figures
 
 
 def corpus_job(tokenizer: Tokenizer, args: argparse.Namespace) -> Job:
@@ -285,11 +314,10 @@ def run(args: argparse.Namespace) -> None:
     started = time.perf_counter()
     before, shown = {}, []
     if asked and args.weights != "none":  # what the base is worth as it is
-        for part, own in asked.test.items():
-            before[part] = accuracy(answer(model, own, tokenizer, args), own)
+        before = job.test(model)[1]
         shown = [own[0] for own in asked.test.values()][:4]
-        result["test_base"] = mean(before.values())
-    said = [speak(model, tokenizer, question) for question in shown]
+        result["test_base"] = before["test"]
+    said = speak(model, tokenizer, shown) if shown else []
     history, figures = train(adapt(model, args), job, args, Path(args.out), args.method)
     result |= figures | {"wall": time.perf_counter() - started}
     content = {"numbers": model.config, "tokenizer": tokenizer.saved}
@@ -297,36 +325,49 @@ def run(args: argparse.Namespace) -> None:
     loop.conclude(model, args, history, result, job.test, content)
     llama.export(model, tokenizer, Path(args.out) / "merged")
     if asked:
-        print_beside_guesses(asked, before, result["parts"])
+        print_beside_guesses(asked, before, result, args.test_shots)
     if shown:
         print("in the model's own words:\n")
-    for question, first in zip(shown, said):
-        text = question.prompt.split("### Instruction:\n")[1].split("\n\n### Response")[0]
-        print(f"{text}\n  before: {first}\n  after:  {speak(model, tokenizer, question)}")
-        print(f"  right:  {question.output}\n")
+        for question, *texts in zip(shown, said, speak(model, tokenizer, shown)):
+            text = question.prompt.split("### Instruction:\n")[-1].split("\n\n### Response")[0]
+            print("{}\n  before: {}\n  after:  {}".format(text, *texts))
+            print(f"  right:  {question.output.strip()}\n")
 
 
-def print_beside_guesses(asked: Questions, before: dict, after: dict) -> None:
-    """A table: each task's accuracy before and after training, and what guesses get."""
+def print_beside_guesses(
+    asked: Questions, before: dict, after: dict, test_shots: int | None
+) -> None:
+    """A table: each task's accuracy before and after training, and what guesses get.
+
+    before, after: `accuracies`, with a column for those by length. Where test questions were drawn,
+    with the binomial standard error √(p (1 − p) / n) of a share p of n questions.
+    """
     everything, rows = [q for own in asked.train.values() for q in own], []
-    for part, own in asked.test.items():
-        shares = guesses(asked.train.get(part, everything), own)
-        shares |= {"before": before[part]} if before else {}
-        shares["after"] = after[part]
-        percent = {key: f"{100 * share:.1f}" for key, share in shares.items()}
-        rows.append({"task": part, "questions": len(own)} | percent)
-    print("\ntest accuracy in per cent, and what guesses get\n" + tables.markdown(rows))
+    for task, own in asked.test.items():
+        shares = guesses(asked.train.get(task, everything), own)
+        row = {name: f"{100 * share:.1f}" for name, share in shares.items()}
+        for key, label in (("parts", ""), ("parts_norm", ", by length")):
+            for when, figures in (("before", before), ("after", after)):
+                if key in figures:
+                    p = figures[key][task]
+                    error = f" ± {100 * (p * (1 - p) / len(own)) ** 0.5:.1f}" if test_shots else ""
+                    row[when + label] = f"{100 * p:.1f}{error}"
+        rows.append({"task": task, "questions": len(own)} | row)
+    drawn = f", on {test_shots} test questions of a task at most" if test_shots else ""
+    print(f"\ntest accuracy in per cent{drawn}, and what guesses get\n{tables.markdown(rows)}")
 
 
 def evaluate_run(args: argparse.Namespace) -> None:
     """Score the merged (or fully trained) model of a saved run on its test questions."""
-    own = ("device", "score") if args.score else ("device",)
+    own = ["device", *(name for name in ("score", "ask") if getattr(args, name))]
     saved, (state, config, tokenizer), path = loop.reopen(
         args, own, ("state_dict", "numbers", "tokenizer")
     )
     model = restore(config, state).to(args.device)
     job, _ = load_job(saved, model, tokenizer_of(tokenizer))
-    print(f"test accuracy of {path}  {100 * job.test(model)[1]['test']:.2f} %")
+    figures = job.test(model)[1]
+    norm = f", by length {100 * figures['test_norm']:.2f} %" if "test_norm" in figures else ""
+    print(f"test accuracy of {path}  {100 * figures['test']:.2f} %{norm}")
 
 
 def compare(args: argparse.Namespace) -> None:

@@ -85,15 +85,42 @@ LLM_ADAPTERS = "https://raw.githubusercontent.com/AGI-Edgerunners/LLM-Adapters/m
 
 
 class Question(NamedTuple):
-    """A prompt, the text to learn after it, the options and which of them is right.
+    """A prompt, how the answer begins, the options, which of them is right, and how the text ends.
 
-    The text ends with the right option.
+    The text of an option is prompt + lead + option + rest. `rest` is empty but where the options
+    fill a blank.
     """
 
     prompt: str
-    output: str
+    lead: str
     options: tuple[str, ...]
     answer: int
+    rest: str = ""
+
+    @property
+    def output(self) -> str:
+        """What follows the prompt where the right option is taken."""
+        return self.lead + self.options[self.answer] + self.rest
+
+    def scored(self, option: int) -> tuple[str, str]:
+        """What is read of an option's text, and what is then scored.
+
+        That is the option's own words, with the space before them, since most tokenizers join the
+        two. Names that fill a blank are all followed by the rest of the sentence, which tells them
+        apart better than how frequent each is: there the rest is scored.
+        """
+        read, words = self.prompt + self.lead, self.options[option]
+        if self.rest:
+            return read + words, self.rest
+        before = read.rstrip(" ")
+        return before, read[len(before) :] + words
+
+    def learned(self) -> tuple[str, str]:
+        """What is read in training, and what is then learned: of the right option what is scored.
+
+        A lead is learned with the words that follow it.
+        """
+        return self.scored(self.answer) if self.rest else (self.prompt, self.output)
 
 
 class Questions(NamedTuple):
@@ -105,15 +132,22 @@ class Questions(NamedTuple):
 
 
 def load_questions(
-    source: str, tasks: list[str], train_file: str | None = None, shots: int | None = None
+    source: str,
+    tasks: list[str],
+    train_file: str | None = None,
+    shots: int | None = None,
+    ask: str = "options",
+    test_shots: int | None = None,
 ) -> Questions:
     """Questions of 'microworld' or of a folder with <task>/train.json and <task>/test.json.
 
     A task's validation questions are a fifth of its training questions, at most 200, in the way
     of VTAB-1k; microworld has its own, about other things. shots: how many labelled questions a
     task has in all, those for validation among them. train_file: one file with the training
-    questions of all tasks (the paper's commonsense_170k.json) in place of every train.json. Which
-    questions those are does not depend on a run's seed.
+    questions of all tasks (the paper's commonsense_170k.json) in place of every train.json.
+    test_shots: how many test questions of a task are taken, where it has more. Which questions
+    those are does not depend on a run's seed. ask: how files' questions are asked, as for
+    `question`; microworld's list their options' own words, and are asked as they stand.
 
     Raises ValueError for an unknown or empty task or too many shots, OSError for a file that is
     missing and cannot be downloaded, or broken.
@@ -139,15 +173,16 @@ def load_questions(
                 split: (folder / task / name, f"dataset/{task}/{name}" if task in EIGHT else None)
                 for split, name in (("train", "train.json"), ("test", "test.json"))
             }
-            test[task] = read_questions(*files["test"])
+            test[task] = read_questions(*files["test"], ask=ask)
             if train_file is None:
-                own = read_questions(*files["train"])
+                own = read_questions(*files["train"], ask=ask)
+        test[task] = drawn(test[task], test_shots)
         if own is not None:
             val[task], train[task] = hold_out(own, held, shots, task)
     if train_file is not None:
         path = Path(train_file)
         joint = path.name == "commonsense_170k.json"
-        own = read_questions(path, f"ft-training_set/{path.name}" if joint else None)
+        own = read_questions(path, f"ft-training_set/{path.name}" if joint else None, ask)
         val[path.stem], train[path.stem] = hold_out(own, None, shots, train_file)
     return Questions(train, val, test)
 
@@ -156,8 +191,7 @@ def hold_out(
     own: list[Question], held: list[Question] | None, shots: int | None, task: str
 ) -> tuple[list[Question], list[Question]]:
     """(validation, training) questions: a fifth and the rest, of `shots` or of all."""
-    order = torch.randperm(len(own), generator=torch.Generator().manual_seed(0)).tolist()
-    own = [own[i] for i in order]
+    own = [own[i] for i in shuffled(len(own))]
     if shots is None:
         val = len(held) if held else min(200, len(own) // 5)
         train = len(own) - (0 if held else val)
@@ -173,11 +207,21 @@ def hold_out(
     return held[:val], own[:train]
 
 
-def read_questions(path: Path, address: str | None = None) -> list[Question]:
+def drawn(own: list[Question], count: int | None) -> list[Question]:
+    """`count` of the questions, in their order; all where there are no more, or count is None."""
+    return [own[i] for i in sorted(shuffled(len(own))[:count])]
+
+
+def shuffled(count: int) -> list[int]:
+    """0 … count − 1 in an order that is always the same."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(0)).tolist()
+
+
+def read_questions(path: Path, address: str | None = None, ask: str = "options") -> list[Question]:
     """A file of LLM-Adapters' format; from its repository if it is missing here.
 
-    One JSON list, or JSON Lines, an example per line; in UTF-8 or, with its mark, UTF-16.
-    Raises OSError, which names the line or the example.
+    One JSON list, or JSON Lines, an example per line; in UTF-8 or, with its mark, UTF-16. ask: as
+    for `question`. Raises OSError, which names the line or the example.
     """
     if not path.is_file() and address is None:
         raise OSError(f"there is no file {path}")
@@ -194,7 +238,7 @@ def read_questions(path: Path, address: str | None = None) -> list[Question]:
     records = read_records(path)
     if not records:
         raise OSError(f"{path} holds no question")
-    return [question(record, where) for where, record in records.items()]
+    return [question(record, where, ask) for where, record in records.items()]
 
 
 def read_records(path: Path) -> dict[str, Any]:
@@ -223,10 +267,11 @@ def parsed(text: str, path: Path, line: int) -> Any:
         ) from error
 
 
-def question(record: dict, where: str) -> Question:
+def question(record: dict, where: str, ask: str = "options") -> Question:
     """One record of LLM-Adapters' format; its own "Answer format" line names the options.
 
-    where: how to call the record in a message. Raises OSError for one that is not whole.
+    where: how to call the record in a message. ask: "options", with the instruction as it stands,
+    as the paper has it; or `in_words`. Raises OSError for one that is not whole.
     """
     keys = ("instruction", "output", "answer")
     missing = [
@@ -235,9 +280,8 @@ def question(record: dict, where: str) -> Question:
     if missing:
         raise OSError(f"{where} has no text called '{missing[0]}'")
     instruction, output, answer = (record[key].strip() for key in keys)
-    if record.get("input"):
-        instruction += f"\n\n{record['input']}"
-    form = re.search(r"Answer format:(.+)$", record["instruction"].strip())
+    more = f"\n\n{record['input']}" if record.get("input") else ""
+    form = re.search(r"Answer format:(.+)$", instruction)
     if not form:
         raise OSError(
             f"{where} does not end with an 'Answer format: …' line that names its options"
@@ -249,7 +293,52 @@ def question(record: dict, where: str) -> Question:
         raise OSError(f"{where} has the answer '{answer}', which is not among {', '.join(options)}")
     if not output.endswith(answer):
         raise OSError(f"{where} has an output that does not end with its answer '{answer}'")
-    return Question(PROMPT.format(instruction), output, options, options.index(answer))
+    if ask == "words":
+        return in_words(instruction[: form.start()], more, options, options.index(answer), where)
+    prompt, lead = PROMPT.format(instruction + more), output.removesuffix(answer)
+    return Question(prompt, lead, options, options.index(answer))
+
+
+def in_words(text: str, more: str, names: tuple[str, ...], answer: int, where: str) -> Question:
+    """The same without its list of options, each of which is a way for the text to go on.
+
+    text, more: the instruction up to its answer format, and what follows; names: the options. Those
+    that are numbered, as answer1, stand for what "Answer1:" introduces.
+    Asked as the language models' evaluation harness asks (Gao et al. 2021, lm-eval): HellaSwag's
+    sentence is continued, WinoGrande's blank filled, all else is "Question: …\nAnswer:". As the
+    files tell no task, OpenBookQA is asked as ARC is, where the harness leaves these two words out
+    [us]. BoolQ's true and false are yes and no.
+    Raises OSError if the text does not hold what the names stand for.
+    """
+    words = names
+    if all(re.fullmatch(r"[A-Za-z]+\d+", name) for name in names):
+        marks = "|".join(rf"\b{name}:" for name in names)
+        found = re.findall(marks, text, re.IGNORECASE)
+        if [mark.lower() for mark in found] != [f"{name}:".lower() for name in names]:
+            wanted = " ".join(f"{name}: …" for name in names)
+            raise OSError(f"{where} does not list its options as '{wanted}'")
+        text, *words = (part.strip() for part in re.split(marks, text, flags=re.IGNORECASE))
+    head = next((head for head in microworld.HEADS.values() if text.startswith(head)), "")
+    text = text.removeprefix(head).strip() + more
+    if head == microworld.HEADS["hellaswag"]:
+        text, *words = (without_marks(part) for part in (text, *words))
+    if "" in (text, *words):
+        raise OSError(f"{where} has an empty question or option")
+    if set(names) == {"true", "false"}:
+        words = ["yes" if name == "true" else "no" for name in names]
+    if head == microworld.HEADS["winogrande"]:
+        if text.count("_") != 1:
+            raise OSError(f"{where} needs one blank, '_', for its options to fill")
+        before, rest = text.split("_")
+        return Question(before.rstrip(), " " if before else "", (*words,), answer, rest)
+    prompt = text if head == microworld.HEADS["hellaswag"] else f"Question: {text}\nAnswer:"
+    return Question(prompt, " ", (*words,), answer)
+
+
+def without_marks(text: str) -> str:
+    """HellaSwag's text without [header], [title] and [step], as the harness has it."""
+    text = re.sub(r"\[.*?\]", "", text.replace(" [title]", ". "))
+    return " ".join(text.split())
 
 
 # ----------------------------------------------------------------------------- batches and the loss
@@ -258,13 +347,22 @@ IGNORE = -100  # the label of a token whose successor is not asked for
 
 
 def encode(question: Question, tokenizer: Tokenizer | LlamaTokenizer) -> tuple[list[int], int]:
-    """Tokens of prompt, answer and end, and where the answer begins.
+    """Tokens of what is read, what is learned and the end; and where what is learned begins.
 
     Both are written together, as a tokenizer may join what stands at the border.
     """
-    prompt = tokenizer.encode(question.prompt)
-    tokens = tokenizer.encode(question.prompt + question.output)
-    return [*tokens, tokenizer.end], len(os.path.commonprefix([prompt, tokens]))
+    read, learned = question.learned()
+    tokens, start = joined(read, learned, tokenizer)
+    return [*tokens, tokenizer.end], start
+
+
+def joined(before: str, after: str, tokenizer: Tokenizer) -> tuple[list[int], int]:
+    """Tokens of two texts in a row, and where those begin that `before` alone does not have.
+
+    The first token is never one of them: nothing predicts it.
+    """
+    tokens = tokenizer.encode(before + after)
+    return tokens, max(1, len(os.path.commonprefix([tokenizer.encode(before), tokens])))
 
 
 def collate(batch: list[tuple[list[int], int]]) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ import functools
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -15,10 +15,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import models
-from lab.questions import Question, Tokenizer
+from lab.questions import Question, Tokenizer, joined
 
 ANSWER_TOKENS = 32  # what a model may say, as in LLM-Adapters' code
 ABSENT = -1e9  # the score of an option that a question does not have
+TOKENS = 1024  # scored at once at most, with padding; a CPU gains nothing from more
+PADDED = 1.2  # in a batch the longest is at most so many times as long as the shortest
 
 
 def accuracy(scores: Tensor, questions: list[Question]) -> float:
@@ -27,6 +29,20 @@ def accuracy(scores: Tensor, questions: list[Question]) -> float:
     alone = (scores == best.values[:, None]).sum(1) == 1
     right = torch.tensor([question.answer for question in questions])
     return ((best.indices == right) & alone).float().mean().item()
+
+
+def per_character(scores: Tensor, questions: list[Question]) -> Tensor:
+    """Log-likelihoods, questions×options, each over the length of its text, as acc_norm has them.
+
+    A long option is else the less likely for its length alone. The length is that in characters,
+    without the space before it: as in the evaluation harness (lm-eval), and the same for every
+    tokenizer, which a number of tokens is not.
+    """
+    lengths = torch.ones_like(scores)
+    for row, question in enumerate(questions):
+        for option in range(len(question.options)):
+            lengths[row, option] = len(question.scored(option)[1].strip())
+    return scores / lengths
 
 
 def answer(
@@ -41,25 +57,41 @@ def answer(
     """
     model.eval()
     scores = torch.full((len(questions), max(len(q.options) for q in questions)), ABSENT)
-    bar = tqdm(total=len(questions), desc="scoring", unit=" questions", leave=False)
-    if args.score == "generate":
-        for row, question in enumerate(questions):
-            scores[row, : len(question.options)] = 0
-            named = first_named(speak(model, tokenizer, question), question.options)
-            if named >= 0:
-                scores[row, named] = 1
-            bar.update()
-        bar.close()
-        return scores
-    branches = [branch(question, tokenizer) for question in questions]
-    by_length = sorted(range(len(branches)), key=lambda i: len(branches[i].shared))
-    for i in range(0, len(branches), 2 * args.batch_size):  # equal lengths together: less padding
-        some = by_length[i : i + 2 * args.batch_size]
-        values = likelihoods(model, [branches[j] for j in some], args.device).cpu()
-        scores[some, : values.shape[1]] = values
-        bar.update(len(some))
-    bar.close()
+    with tqdm(total=len(questions), desc="scoring", unit=" questions", leave=False) as bar:
+        if args.score == "generate":
+            prompts = [len(question.prompt) for question in questions]
+            for some in batched(prompts, lambda own: len(own) <= args.batch_size):
+                said = speak(model, tokenizer, [questions[i] for i in some])
+                for i, text in zip(some, said):
+                    scores[i, : len(questions[i].options)] = 0
+                    if (named := first_named(text, questions[i].options)) >= 0:
+                        scores[i, named] = 1
+                bar.update(len(some))
+            return scores
+        branches = [branch(question, tokenizer) for question in questions]
+        for some in batched([own.length for own in branches], little):
+            values = likelihoods(model, [branches[i] for i in some], args.device).cpu()
+            scores[some, : values.shape[1]] = values
+            bar.update(len(some))
     return scores
+
+
+def batched(lengths: list[int], fits: Callable[[list[int]], bool]) -> Iterator[list[int]]:
+    """0 … len(lengths) − 1 in batches, the shortest first, so that there is little padding.
+
+    fits: whether a batch of these lengths, in order, is not too large; one alone never is.
+    """
+    some: list[int] = []
+    for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+        if some and not fits([lengths[j] for j in (*some, i)]):
+            yield some
+            some = []
+        some.append(i)
+    yield some
+
+
+def little(lengths: list[int]) -> bool:
+    return len(lengths) * lengths[-1] <= TOKENS and lengths[-1] <= PADDED * lengths[0]
 
 
 class Branch(NamedTuple):
@@ -67,39 +99,41 @@ class Branch(NamedTuple):
 
     shared: list[int]
     tails: list[list[int]]
+    starts: list[int]  # where in an option's tokens, shared and tail, those begin that are scored
+
+    @property
+    def length(self) -> int:
+        """How many tokens are read; a tail's last one is only predicted."""
+        return len(self.shared) + sum(max(0, len(tail) - 1) for tail in self.tails)
 
 
 @functools.cache  # the same questions are scored after every epoch
 def branch(question: Question, tokenizer: Tokenizer) -> Branch:
-    stem = question.prompt + question.output.removesuffix(question.options[question.answer])
-    texts = [stem + option for option in question.options]
-    tokens = [tokenizer.encode(text) for text in texts]
+    texts = [question.scored(option) for option in range(len(question.options))]
+    tokens, starts = zip(*(joined(*text, tokenizer) for text in texts))
     shared = os.path.commonprefix(tokens)
-    tails = [t[len(shared) :] for t in tokens]
-    if not all(tails):  # an option that begins another one: only where it ends tells them apart
-        tails = [[*tail, tokenizer.end] for tail in tails]
-    return Branch(shared, tails)
+    return Branch(shared, [own[len(shared) :] for own in tokens], [*starts])
 
 
 @torch.no_grad()
 def likelihoods(model: nn.Module, branches: list[Branch], device: torch.device) -> Tensor:
-    """log p(option | prompt) up to what all options of a question share, B×(most options).
+    """log p(what is scored | what is read) of every option, B×(most options).
 
     A question is one row: the shared tokens once, then every tail at the place it would have alone,
-    with a mask that hides the tails from each other. A tail's last token is only predicted, so
-    that tails of one token need neither places nor a mask.
+    with a mask that hides the tails from each other. So every token is read once, as with a cache
+    of the shared tokens' keys and values, and in one pass. A tail's last token is only predicted,
+    so that tails of one token need neither places nor a mask.
     """
     rows, owners, places, asked = [], [], [], []
-    for row, (shared, tails) in enumerate(branches):
+    for row, (shared, tails, starts) in enumerate(branches):
         tokens, owner, place = [*shared], [0] * len(shared), [*range(len(shared))]
-        for option, tail in enumerate(tails):
-            for i, token in enumerate(tail):
-                before = len(shared) - 1 if i == 0 else len(tokens) - 1
-                asked.append((row, before, token, option))
-                if i < len(tail) - 1:
-                    tokens.append(token)
-                    owner.append(option + 1)
-                    place.append(len(shared) + i)
+        for option, (tail, start) in enumerate(zip(tails, starts)):
+            at = [*range(len(shared)), *range(len(tokens), len(tokens) + len(tail) - 1)]
+            text = [*shared, *tail]
+            asked += [(row, at[i - 1], text[i], option) for i in range(start, len(text))]
+            tokens += tail[:-1]
+            owner += [option + 1] * len(tail[:-1])
+            place += range(len(shared), len(text) - 1)
         rows.append(tokens), owners.append(owner), places.append(place)
     tokens, owner, place = (padded(lists, device) for lists in (rows, owners, places))
     mask = None
@@ -107,12 +141,14 @@ def likelihoods(model: nn.Module, branches: list[Branch], device: torch.device) 
         own = (owner[:, None, :] == 0) | (owner[:, None, :] == owner[:, :, None])
         mask = own.tril()[:, None]  # B×1×N×N
     row, before, token, option = torch.tensor(asked, device=device).T
-    logits = model.head(model.features(tokens, place, mask)[row, before]).float()
-    picked = logits.log_softmax(-1).gather(1, token[:, None])[:, 0]
-    options = max(len(tails) for _, tails in branches)
+    # many tails begin at the same place: the head reads it once
+    where, which = torch.unique(row * tokens.shape[1] + before, return_inverse=True)
+    logits = model.head(model.features(tokens, place, mask).flatten(0, 1)[where]).float()
+    picked = logits[which, token] - logits.logsumexp(-1)[which]
+    options = max(len(tails) for _, tails, _ in branches)
     sums = picked.new_zeros(len(branches), options)
     sums.index_put_((row, option), picked, accumulate=True)
-    counts = torch.tensor([len(tails) for _, tails in branches], device=device)
+    counts = torch.tensor([len(tails) for _, tails, _ in branches], device=device)
     absent = torch.arange(options, device=device) >= counts[:, None]
     return sums.masked_fill(absent, ABSENT)
 
@@ -132,10 +168,11 @@ def first_named(text: str, options: Iterable[str]) -> int:
     return min(found)[2] if found else -1
 
 
-def speak(model: nn.Module, tokenizer: Tokenizer, question: Question) -> str:
-    """The model's own answer, the likeliest token each time."""
-    prompt = tokenizer.encode(question.prompt)
-    return tokenizer.decode(models.generate(model, prompt, ANSWER_TOKENS, tokenizer.end)).strip()
+def speak(model: nn.Module, tokenizer: Tokenizer, questions: list[Question]) -> list[str]:
+    """The model's own answers, the likeliest token each time."""
+    prompts = [tokenizer.encode(question.prompt) for question in questions]
+    said = models.generate(model, prompts, ANSWER_TOKENS, tokenizer.end)
+    return [tokenizer.decode(tokens).strip() for tokens in said]
 
 
 # --------------------------------------------------------------------------- what a guess would get
@@ -166,7 +203,7 @@ def guesses(train: list[Question], asked: list[Question]) -> dict[str, float]:
 def overlap_scores(question: Question) -> list[float]:
     """How many of an option's words stand in the question; of true/false, how much is repeated."""
     text = question.prompt.split("### Instruction:")[-1].split("Answer format:")[0]
-    if question.options == ("true", "false"):  # is what is asked said before?
+    if question.options in (("true", "false"), ("yes", "no")):  # is what is asked said before?
         *before, last = re.split(r"[.:] ", text.strip())
         seen, asked = words(" ".join(before)), words(last)
         share = len(seen & asked) / max(1, len(asked))

@@ -25,8 +25,8 @@ def tiny_model(vocab: int, **changes) -> models.LLaMA:
 
 
 def asked(text: str, options: list[str], answer: int = 0) -> questions.Question:
-    output = f"{microworld.OUTPUT} {options[answer]}"
-    return questions.Question(questions.PROMPT.format(text), output, tuple(options), answer)
+    prompt, lead = questions.PROMPT.format(text), f"{microworld.OUTPUT} "
+    return questions.Question(prompt, lead, tuple(options), answer)
 
 
 # one-token tails, tails of several tokens and of several lengths, bytes; prompts of many lengths

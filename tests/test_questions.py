@@ -277,6 +277,142 @@ def test_the_prompt_is_llm_adapters(files):
     )
 
 
+ASKED = {  # of each kind of record: the prompt, what is read of the options, what is scored
+    "boolq": (
+        "Question: is it so?\nAnswer:",
+        [("", " yes"), ("", " no")],
+    ),
+    "piqa": ("Question: To sit:\nAnswer:", [("", " take a chair."), ("", " take 2: both.")]),
+    "social_i_qa": (
+        "Question: Ann sat. Why?\nAnswer:",
+        [("", " tired"), ("", " to rest"), ("", " the bus")],
+    ),
+    "hellaswag": (
+        "Sitting: How to sit. Find a chair",
+        [("", " and sit."), ("", " and stand. Go."), ("", " alone"), ("", " 4")],
+    ),
+    "winogrande": (
+        "The jeans were tight, as I had tried the",
+        [(" jeans", " on at home."), (" shirt", " on at home.")],
+    ),
+    "ARC-Easy": (
+        "Question: What burns?\nAnswer:",
+        [("", " ice"), ("", " wood"), ("", " air: no")],
+    ),
+    "ARC-Challenge": (
+        "Question: Which?\nAnswer:",
+        [("", f" {letter}") for letter in "abcde"],
+    ),
+    "openbookqa": (
+        "Question: The sun is\nAnswer:",
+        [("", " hot"), ("", " true"), ("", " A/C"), ("", " 東京")],
+    ),
+}
+INSTRUCTIONS = {  # as LLM-Adapters' files have them
+    "boolq": "Please answer the following question with true or false, question: is it so?\n\n"
+    "Answer format: true/false",
+    "piqa": "Please choose the correct solution to the question: To sit:\n\n"
+    "Solution1: take a chair.\n\nSolution2: take 2: both.\n\nAnswer format: solution1/solution2",
+    "social_i_qa": "Please choose the correct answer to the question: Ann sat. Why?\n\n"
+    "Answer1: tired Answer2: to rest Answer3: the bus\n\nAnswer format: answer1/answer2/answer3",
+    "hellaswag": "Please choose the correct ending to complete the given sentence: "
+    "Sitting: [header] How to sit [title] Find a chair\n\nEnding1: and sit. Ending2: and stand "
+    "[title] Go. [step] Ending3: alone Ending4: 4\n\n"
+    "Answer format: ending1/ending2/ending3/ending4",
+    "winogrande": "Please choose the correct answer to fill in the blank to complete the given "
+    "sentence: The jeans were tight, as I had tried the _ on at home.\n\n"
+    "Option1: jeans Option2: shirt Answer format: option1/option2",
+    "ARC-Easy": "Please choose the correct answer to the question: What burns?\n\n"
+    "Answer1: ice Answer2: wood Answer3: air: no\n\nAnswer format: answer1/answer2/answer3",
+    "ARC-Challenge": "Please choose the correct answer to the question: Which?\n\nAnswer1: a "
+    "Answer2: b Answer3: c Answer4: d Answer5: e\n\n"
+    "Answer format: answer1/answer2/answer3/answer4/answer5",
+    "openbookqa": "Please choose the correct answer to the question: The sun is\n\nAnswer1: hot "
+    "Answer2: true Answer3: A/C Answer4: 東京\n\nAnswer format: answer1/answer2/answer3/answer4",
+}
+
+
+def record(task: str, answer: int, **entries) -> dict:
+    text = INSTRUCTIONS[task]
+    name = text.partition("Answer format: ")[2].split("/")[answer]
+    output = f"the correct answer is {name}"
+    return {"instruction": text, "input": "", "output": output, "answer": name} | entries
+
+
+@pytest.mark.parametrize("task", questions.EIGHT)
+def test_in_words_the_options_texts_are_scored_and_the_right_one_is_learned(task):
+    prompt, texts = ASKED[task]
+    for answer, (read, scored) in enumerate(texts):
+        question = questions.question(record(task, answer), "here", "words")
+        assert question.prompt == prompt and question.answer == answer
+        found = [question.scored(i) for i in range(len(question.options))]
+        assert found == [(prompt + before, after) for before, after in texts]
+        assert question.learned() == (prompt + read, scored)
+        assert question.prompt + question.output == prompt + read + scored
+
+
+@pytest.mark.parametrize("task", questions.EIGHT)
+def test_as_options_the_instruction_stands_and_the_number_is_scored_and_learned(task):
+    question = questions.question(record(task, 1), "here", "options")
+    prompt, name = questions.PROMPT.format(INSTRUCTIONS[task]), record(task, 1)["answer"]
+    assert question.scored(1) == (f"{prompt}the correct answer is", f" {name}")
+    assert question.learned() == (prompt, f"the correct answer is {name}")
+
+
+def test_a_name_that_fills_the_first_place_of_a_sentence_has_no_space_before_it():
+    text = INSTRUCTIONS["winogrande"].replace("The jeans were tight, as I had tried the _", "_")
+    question = questions.question(record("winogrande", 0, instruction=text), "here", "words")
+    assert question.scored(1) == ("shirt", " on at home.")
+
+
+def test_options_that_are_words_themselves_are_asked_without_their_list_and_the_input_is_kept():
+    text = "Which?\n\nAnswer format: a red box / true / 東京"
+    made = record("boolq", 0, instruction=text, input="Look up.")
+    question = questions.question(made, "here", "words")
+    assert question.prompt == "Question: Which?\n\nLook up.\nAnswer:"
+    assert question.options == ("a red box", "true", "東京")
+
+
+@pytest.mark.parametrize(
+    ("task", "old", "new", "words"),
+    [
+        ("piqa", "Solution2:", "Solution 2:", "list its options as 'solution1: … solution2: …'"),
+        ("ARC-Easy", "Answer1: ice ", "", "list its options"),
+        ("ARC-Easy", "Answer1: ice Answer2: wood", "Answer2: wood Answer1: ice", "list its opt"),
+        ("social_i_qa", "to rest", "", "an empty question or option"),
+        ("boolq", "is it so?", "", "an empty question or option"),
+        ("winogrande", "_", "pair", "needs one blank"),
+        ("winogrande", "as I", "as _", "needs one blank"),
+    ],
+)
+def test_a_record_that_cannot_be_asked_in_words_is_refused_by_file_and_number(
+    task, old, new, words, files
+):
+    path = files / task / "test.json"
+    (files / task).mkdir(exist_ok=True)
+    broken = INSTRUCTIONS[task].replace(old, new, 1)
+    path.write_text(json.dumps([record(task, 0), record(task, 0, instruction=broken)]))
+    assert len(questions.read_questions(path)) == 2
+    with pytest.raises(OSError, match=words) as caught:
+        questions.read_questions(path, ask="words")
+    assert str(caught.value).startswith(f"{path}, example 1 ")
+
+
+def test_drawn_test_questions_are_the_same_for_every_seed_and_in_their_order(files):
+    some = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        loaded = questions.load_questions(str(files), ["piqa", "boolq"], test_shots=5)
+        some.append([numbers(loaded.test[task]) for task in loaded.test])
+        assert len(loaded.train["piqa"]) == 16
+    assert some[0] == some[1]
+    for own in some[0]:
+        assert len(own) == 5 and own == sorted(own) and own != list(range(20, 25))
+        assert {*own} < {*range(20, 27)}
+    loaded = questions.load_questions(str(files), ["piqa"], test_shots=9)
+    assert numbers(loaded.test["piqa"]) == list(range(20, 27))
+
+
 def test_an_examples_own_answer_format_counts_not_its_tasks(files):
     path = files / "ARC-Challenge" / "test.json"
     content = [example("ARC-Challenge", 0), example("social_i_qa", 1), example("boolq", 2)]

@@ -109,9 +109,76 @@ def test_the_prompt_runs_once_however_many_options_there_are(model, tokenizer):
     for question in QUESTIONS:
         prompt = len(tokenizer.encode(question.prompt))
         tails = [len(tokenizer.encode(" " + option)) for option in question.options]
-        scoring.likelihoods(model, [scoring.branch(question, tokenizer)], CPU)
-        assert read.pop() <= prompt + 1 + sum(tails) and not read
+        branch = scoring.branch(question, tokenizer)
+        scoring.likelihoods(model, [branch], CPU)
+        assert read.pop() == branch.length <= prompt + 1 + sum(tails) and not read
     hook.remove()
+
+
+# options that begin alike, one that begins another, a single token, and a blank to be filled
+IN_WORDS = [
+    questions.Question("Question: Which?\nAnswer:", " ", ("the bow", "the bowl", "x", "a bat"), 1),
+    questions.Question("Question: Is it so?\nAnswer:", " ", ("yes", "no"), 0),
+    questions.Question("They slept, for the", " ", ("bat", "red bowl"), 1, " was in 東京."),
+    questions.Question("", "", ("Ann", "Bo"), 1, "'s house."),
+]
+
+
+@torch.no_grad()
+def naive_likelihoods(model, question: questions.Question, tokenizer) -> list[float]:
+    """log p of what is scored after what is read, every option in a full sequence of its own."""
+    sums = []
+    for option in range(len(question.options)):
+        read, scored = question.scored(option)
+        before, tokens = tokenizer.encode(read), tokenizer.encode(read + scored)
+        assert tokens[: len(before)] == before
+        logs = model(torch.tensor([tokens]))[0].double().log_softmax(-1)
+        sums.append(sum(logs[i - 1, tokens[i]].item() for i in range(len(before), len(tokens))))
+    return sums
+
+
+@pytest.mark.parametrize("tokens", [1, 100, 10_000])
+def test_in_words_every_token_of_an_option_counts_however_much_is_batched(
+    tokens, model, tokenizer, monkeypatch
+):
+    monkeypatch.setattr(scoring, "TOKENS", tokens)
+    monkeypatch.setattr(scoring, "PADDED", 9)
+    for own in (tokenizer, questions.Tokenizer([])):
+        found = scoring.answer(model, IN_WORDS, own, args_for())
+        for row, question in zip(found, IN_WORDS, strict=True):
+            expected = naive_likelihoods(model, question, own)
+            assert row[: len(expected)].tolist() == pytest.approx(expected, abs=1e-3)
+
+
+def test_a_likelihood_per_character_is_over_the_text_that_is_scored_without_its_space():
+    scores = torch.tensor([[-14.0, -8, -1, -15], [-6, -2, scoring.ABSENT, scoring.ABSENT]])
+    found = scoring.per_character(scores, IN_WORDS[:2])
+    assert found[0].tolist() == [-2, -1, -1, -3] and found[1, :2].tolist() == [-2, -1]
+    assert scoring.accuracy(scores, IN_WORDS[:2]) == 0
+    scores[0, 2] = -9
+    assert scoring.accuracy(scoring.per_character(scores, IN_WORDS[:2]), IN_WORDS[:2]) == 0.5
+    blank = scoring.per_character(torch.tensor([[-20.0, -10]]), IN_WORDS[2:3])
+    assert blank.tolist() == [[-2, -1]]
+
+
+def test_the_head_reads_asked_places_alone_and_none_twice(model, tokenizer):
+    places = []
+    hook = model.head.register_forward_hook(lambda _, inputs, __: places.append(len(inputs[0])))
+    for question in (
+        QUESTIONS[4],
+        IN_WORDS[1],
+    ):  # four options that begin alike, and two that do not
+        own = scoring.branch(question, tokenizer)
+        scoring.likelihoods(model, [own], CPU)
+        assert places.pop() == own.length - (own.starts[0] - 1) < sum(map(len, own.tails)) + 1
+    hook.remove()
+
+
+def test_batches_hold_what_fits_the_shortest_first_and_a_long_row_stands_alone(monkeypatch):
+    monkeypatch.setattr(scoring, "TOKENS", 30)
+    found = [*scoring.batched([10, 50, 9, 11, 8, 12], scoring.little)]
+    assert found == [[4, 2], [0, 3], [5], [1]]
+    assert [*scoring.batched([3, 1, 2], lambda own: len(own) <= 2)] == [[1, 2], [0]]
 
 
 def test_answers_come_in_the_order_of_the_questions_whatever_is_batched(model, tokenizer):
@@ -141,19 +208,20 @@ def test_an_option_within_a_longer_word_is_not_named(text, first):
     assert scoring.first_named(text, ["bow", "bowl", "pen"]) == first
 
 
-def test_an_option_that_another_begins_with_has_something_of_its_own_to_be_scored():
-    question = asked("Which?", ["bow", "bowl"])
-    assert all(scoring.branch(question, questions.Tokenizer([])).tails)
-
-
 def test_generated_answers_are_right_where_they_name_the_right_option_first(
     model, tokenizer, monkeypatch
 ):
-    said = iter(["it is true", "answer4 or answer5", "the small bag of the baker", "", "ending4"])
-    monkeypatch.setattr(scoring, "speak", lambda *_: next(said))
+    texts = ["it is true", "answer4 or answer5", "the small bag of the baker", "", "ending4"]
+    said = {question.prompt: text for question, text in zip(QUESTIONS, texts)}
+    monkeypatch.setattr(scoring, "speak", lambda *a: [said[question.prompt] for question in a[2]])
     scores = scoring.answer(model, QUESTIONS, tokenizer, args_for(score="generate"))
     rights = [scoring.accuracy(scores[i : i + 1], QUESTIONS[i : i + 1]) for i in range(5)]
     assert rights == [1, 0, 1, 0, 1]
+
+
+def test_texts_generated_in_batches_are_those_of_each_question_alone(model, tokenizer):
+    alone = [scoring.speak(model, tokenizer, [question])[0] for question in QUESTIONS]
+    assert scoring.speak(model, tokenizer, QUESTIONS) == alone and len({*alone}) == len(alone)
 
 
 def test_a_model_speaks_its_likeliest_tokens_until_the_end(model, tokenizer, monkeypatch):
@@ -162,11 +230,12 @@ def test_a_model_speaks_its_likeliest_tokens_until_the_end(model, tokenizer, mon
     for _ in range(scoring.ANSWER_TOKENS):
         with torch.no_grad():
             tokens.append(model(torch.tensor([tokens]))[0, -1].argmax().item())
-    assert scoring.speak(model, tokenizer, question) == tokenizer.decode(tokens[prompt:]).strip()
+    text = tokenizer.decode(tokens[prompt:]).strip()
+    assert scoring.speak(model, tokenizer, [question]) == [text]
     end = tokens[prompt + 3]
     said = tokens[prompt : tokens.index(end, prompt)]
     monkeypatch.setattr(tokenizer, "end", end)
-    assert scoring.speak(model, tokenizer, question) == tokenizer.decode(said).strip()
+    assert scoring.speak(model, tokenizer, [question]) == [tokenizer.decode(said).strip()]
 
 
 def test_accuracy_counts_right_answers_and_ties_are_wrong():

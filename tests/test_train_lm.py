@@ -201,16 +201,63 @@ def test_the_table_tells_what_guesses_get_and_what_training_changed(
     words += ["--out", tmp_path]
     assert command(*flags, *words) == 0
     lines = capsys.readouterr().out.splitlines()
-    head = "| task | questions | chance | constant | position | overlap | before | after |"
+    head = "| task | questions | chance | constant | position | overlap | before | after "
+    head += "| before, by length | after, by length |"
     rows = lines[lines.index(head) + 2 :][:2]
     result = metrics(tmp_path)[-1]
     for row, (task, chance) in zip(rows, (("boolq", "50.0"), ("social_i_qa", "33.3"))):
         cells = row.strip("| ").split(" | ")
         assert cells[:3] == [task, "9", chance]
-        assert cells[-1] == f"{100 * result['parts'][task]:.1f}"
-    befores = [float(row.strip("| ").split(" | ")[-2]) for row in rows]
+        assert cells[-3] == f"{100 * result['parts'][task]:.1f}"
+        assert cells[-1] == f"{100 * result['parts_norm'][task]:.1f}"
+    befores = [float(row.strip("| ").split(" | ")[-4]) for row in rows]
     assert sum(befores) / 2 == pytest.approx(100 * result["test_base"], abs=0.1)
     assert result["test_base"] == metrics(finished)[-1]["test_merged"]
+
+
+def test_drawn_test_questions_are_counted_in_the_table_with_their_error(flags, tmp_path, capsys):
+    words = ["--test-shots", 4, "--epochs", 1, "--shots", 5, "--ask", "options"]
+    assert command(*flags, *words, "--out", tmp_path) == 0
+    printed = capsys.readouterr().out
+    assert "8 test questions" in printed and "on 4 test questions of a task at most" in printed
+    result = metrics(tmp_path)[-1]
+    for task, p in result["parts"].items():
+        row = next(line for line in printed.splitlines() if line.startswith(f"| {task} |"))
+        assert row.startswith(f"| {task} | 4 |")
+        assert row.endswith(f"| {100 * p:.1f} ± {100 * (p * (1 - p) / 4) ** 0.5:.1f} |")
+    assert "parts_norm" not in result
+
+
+def test_microworld_is_asked_as_it_stands_and_files_in_words_unless_text_is_generated(folder):
+    def asks(*words) -> str | None:
+        return train_lm.arguments([*map(str, words)]).ask
+
+    assert asks() == asks("--ask", "words") == "options"
+    assert asks("--data", folder) == asks("--data", folder, "--score", "likelihood") == "words"
+    assert asks("--data", folder, "--score", "generate") == "options"
+    assert asks("--data", folder, "--ask", "options") == "options"
+    assert asks("--evaluate", folder) is asks("--evaluate", folder, "--score", "likelihood") is None
+    assert asks("--evaluate", folder, "--score", "generate") == "options"
+
+
+def test_a_run_is_scored_again_in_the_form_it_was_asked_in_or_in_the_one_given(
+    flags, tmp_path, monkeypatch, capsys
+):
+    read, forms = questions.read_questions, []
+    monkeypatch.setattr(
+        questions, "read_questions", lambda *a, ask: forms.append(ask) or read(*a, ask=ask)
+    )
+    assert command(*flags, "--epochs", 1, "--ask", "options", "--out", tmp_path) == 0
+    for words, form in (
+        ([], "options"),
+        (["--score", "likelihood"], "options"),
+        (["--ask", "words"], "words"),
+        (["--score", "generate"], "options"),
+    ):
+        capsys.readouterr()
+        assert command("--evaluate", tmp_path, "--device", "cpu", *words) == 0
+        assert forms[-1] == form
+        assert (", by length " in capsys.readouterr().out) == (form == "words")
 
 
 def test_the_tables_constant_guess_is_learned_from_all_training_questions(
@@ -671,6 +718,13 @@ def test_weights_of_another_size_are_refused(changes, message, flags, weights, t
         (["--dtype", "float16"], 2, "bfloat16"),
         (["--method", "magic"], 2, "'san+dora'"),
         (["--score", "luck"], 2, "'generate'"),
+        (["--score", "generate", "--ask", "words"], 2, "leave --ask words out"),
+        (["--test-shots", "0"], 2, "above 0"),
+        (
+            ["--data", "microworld", "--tasks", "corpus", "--test-shots", "9"],
+            2,
+            "corpus has no questions",
+        ),
         (["--shots", "0"], 2, "above 0"),
         (["--shots", "3"], 2, "at least 5 are needed"),
         (["--shots", "21"], 2, "boolq has 20 training questions"),
