@@ -21,7 +21,15 @@ from torch.utils.data import DataLoader, TensorDataset
 import models
 import san
 from lab import llama, loop, methods, microworld, questions, tables
-from lab.questions import LlamaTokenizer, Questions, Tokenizer, collate, encode, token_loss
+from lab.questions import (
+    IGNORE,
+    LlamaTokenizer,
+    Questions,
+    Tokenizer,
+    collate,
+    encode,
+    token_loss,
+)
 from lab.scoring import ABSENT, accuracy, answer, branch, guesses, mean, per_character, speak
 
 WEIGHTS = Path(__file__).parent / "weights" / "llama_micro.pt"
@@ -293,8 +301,11 @@ def fit(model: nn.Module, job: Job, args: argparse.Namespace, out: Path | None, 
     def loss_of(model: nn.Module, batch: tuple) -> Tensor:
         return token_loss(model, *(x.to(args.device, non_blocking=True) for x in batch))
 
+    def learned(batch: tuple) -> int:
+        return (batch[1] != IGNORE).sum().item()
+
     unit = "windows" if args.tasks == ["corpus"] else "questions"
-    return loop.fit(model, job.loader, loss_of, job.validate, args, out, note, unit)
+    return loop.fit(model, job.loader, loss_of, job.validate, args, out, note, unit, weigh=learned)
 
 
 def train(model: nn.Module, job: Job, args: argparse.Namespace, out: Path | None, note: str):

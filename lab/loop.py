@@ -6,6 +6,8 @@ A run is `begin`, then `train_and_measure`, then `conclude`; `reopen` reads it a
 """
 
 import argparse
+import contextlib
+import functools
 import json
 import math
 import os
@@ -13,18 +15,23 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.checkpoint import checkpoint as recomputed
 from tqdm import tqdm
 
+import models
 import san
 from lab import methods
 
 FINISHED = ("merged.pt", "model.pt")  # one of them in its folder, and a run is finished
+BLOCKS = (models.ViTBlock, models.ConvNeXtBlock, models.SwinBlock, models.LLaMABlock)
+# what runs did before there were flags for it
+LATER = {"accumulate": 1, "recompute": False, "ask": "options", "test_shots": None}
 
 # -------------------------------------------------------------------------------- the training loop
 
@@ -73,16 +80,19 @@ def fit(
     note: str = "",
     unit: str = "images",
     average: float = 0.0,
+    weigh: Callable[[tuple], float] = lambda batch: len(batch[0]),
 ) -> list[dict]:
     """Train what requires a gradient with AdamW, a warm-up and a cosine; one record per epoch.
 
     loss_of(model, batch): the mean loss of a batch; validate(model): accuracy 0 … 1, or None where
-    all labelled data are trained on.
+    all labelled data are trained on; weigh(batch): how many losses that mean is of.
     unit: what a batch holds, for the bar and the speed.
     out: folder for checkpoint.pt, written after every epoch, which is then reported in a line;
     args.resume continues from it.
     average: validate, and end, with the mean of the parameters over the steps, of which a step
     counts `average` times what the next one does; 0: with the last step's.
+    args.accumulate: in how many parts a batch, a tuple of tensors, goes through the model; a step
+    is the same but for rounding, and takes the memory of a part.
     Every epoch seeds itself from (seed, epoch), so that a resumed run goes the same way.
     Raises FloatingPointError when the loss or a parameter is no longer finite: the checkpoint of
     the epoch before stays. ValueError for a checkpoint made with other settings.
@@ -111,14 +121,17 @@ def fit(
                 rate = rate_at(epoch * len(loader) + i, steps, warmup, args.lr)
                 for group in optimizer.param_groups:
                     group["lr"] = rate
-                with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
-                    loss = loss_of(model, batch)
                 optimizer.zero_grad()
-                loss.backward()
+                loss = torch.zeros((), device=device)
+                for part in zip(*(tensor.chunk(args.accumulate) for tensor in batch)):
+                    with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
+                        share = loss_of(model, part) * (weigh(part) / weigh(batch))
+                    share.backward()
+                    loss += share.detach()
                 optimizer.step()
                 if mean:
                     mean.update_parameters(model)
-                running += loss.detach() * len(batch[0])
+                running += loss * len(batch[0])
                 seen += len(batch[0])
                 if i % 20 == 0 or i == len(loader) - 1:  # reading the loss makes the device wait
                     require_finite(loss.item(), [], epoch, rate, checkpoint)
@@ -140,6 +153,23 @@ def fit(
     if mean:
         model.load_state_dict(mean.module.state_dict())
     return history
+
+
+@contextlib.contextmanager
+def recomputing(model: nn.Module) -> Iterator[None]:
+    """In it, a block keeps its input alone for the backward pass, and computes the rest again.
+
+    Chen et al. 2016. The gradients are the same. A step takes another forward pass, and memory for
+    one block's activations in place of all blocks'.
+    """
+    blocks = [module for module in model.modules() if isinstance(module, BLOCKS)]
+    for block in blocks:
+        block.forward = functools.partial(recomputed, block.forward, use_reentrant=False)
+    try:
+        yield
+    finally:
+        for block in blocks:
+            del block.forward
 
 
 def require_finite(
@@ -197,7 +227,7 @@ def resume(
     content = san.read(checkpoint)
     if not isinstance(content, dict) or not {"settings", "model", "optimizer"} <= content.keys():
         raise OSError(f"{checkpoint} is no checkpoint of a run; remove it and start again")
-    old, new = content["settings"], settings(args)
+    old, new = LATER | content["settings"], settings(args)
     other = [key for key in new if old.get(key) != new[key]]
     if other:
         key = other[0]
@@ -302,7 +332,8 @@ def train_and_measure(
     print(
         f"{note}: trains {trainable:,} of {total:,} parameters, {percent:.2f} %, at lr {args.lr:g}"
     )
-    history = train()
+    with recomputing(model) if args.recompute else contextlib.nullcontext():
+        history = train()
     figures = {
         "trainable": trainable,
         "percent": percent,
@@ -378,7 +409,7 @@ def reopen(
     """
     folder = Path(args.evaluate)
     try:
-        config = json.loads((folder / "config.json").read_text())
+        config = LATER | json.loads((folder / "config.json").read_text())
         if lacking := vars(args).keys() - config.keys():
             raise KeyError(f"config.json lacks {', '.join(sorted(lacking))}")
         saved = argparse.Namespace(**config | {key: getattr(args, key) for key in own})
@@ -440,6 +471,8 @@ def add_flags(p: argparse.ArgumentParser, names: Iterable[str], epochs: int, bat
     add("--rank", type=positive, default=8, help="of LoRA and DoRA")
     add("--epochs", type=positive, default=epochs)
     add("--batch-size", type=positive, default=batch)
+    add("--accumulate", type=positive, default=1, help="parts in which a batch is read")
+    add("--recompute", action="store_true", help="keep fewer activations, compute them again")
     add("--lr", type=float, help="by default what suits the method")
     add("--weight-decay", type=float, default=0.0)
     add("--warmup-epochs", type=float, help="by default a tenth of the epochs")

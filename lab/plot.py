@@ -146,7 +146,9 @@ def names(runs: list[Run]) -> list[str]:
     settings = []
     for run in runs:
         own = {key: run.result[key] for key in ("method", "dataset", "model")}
-        own |= loop.settings(Namespace(**run.config)) | own | {"task": None}  # dataset says it
+        own |= (
+            loop.settings(Namespace(**loop.LATER | run.config)) | own | {"task": None}
+        )  # dataset says it
         if own.get("warmup_epochs") == own.get("epochs", 0) / 10:  # as it is by default
             del own["warmup_epochs"]
         settings.append(own)

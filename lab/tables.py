@@ -46,7 +46,7 @@ class Journal:
         whole = text[: text.rfind("\n") + 1]
         if whole != text:  # a last line that the power or the disk cut off
             loop.write_text(whole, path)
-        self.path, self.options, self.lines = path, options, read_results(path)
+        self.path, self.options, self.lines = path, loop.LATER | options, read_results(path)
 
     def find(self, key: dict) -> list[dict]:
         """The lines that hold all of `key`, and were made with these options."""
@@ -63,15 +63,19 @@ class Journal:
 
 
 def read_results(path: Path) -> list[dict]:
-    """The lines of a Journal's file; none if it is not there. Raises OSError if it is broken."""
+    """The lines of a Journal's file; none if it is not there. Raises OSError if it is broken.
+
+    An option that a line lacks, since there was no flag yet, is as loop.LATER has it.
+    """
     try:
         lines = [json.loads(line) for line in path.read_text().splitlines()]
         needed = {"task", "model", "method", "part", "lr", "seed", "val", "options"}
         if any(needed - line.keys() for line in lines):
             raise ValueError("a line lacks entries")
+        lines = [line | {"options": loop.LATER | line["options"]} for line in lines]
     except (FileNotFoundError, NotADirectoryError):
         return []
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, TypeError) as error:
         raise OSError(f"{path} is broken ({error}); move it away and start again") from error
     return lines
 

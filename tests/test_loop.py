@@ -1,17 +1,25 @@
 """lab/loop.py: what a training loop does that no whole run shows."""
 
+import copy
 import itertools
 import json
 import os
 from argparse import Namespace
 from pathlib import Path
 
+import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+import models
 import san
-from lab import loop
+from lab import loop, methods, questions, tables
+
+
+def args_for(**changes) -> Namespace:
+    args = dict(epochs=2, warmup_epochs=0, lr=0.1, weight_decay=0, seed=0, amp=False, accumulate=1)
+    return Namespace(**args | changes)
 
 
 def test_the_learning_rate_warms_up_and_falls_to_nothing():
@@ -30,8 +38,7 @@ def test_the_average_counts_every_step_less_than_the_next():
             before.append(model.weight.detach().clone())
             return (model(batch[0]) - batch[1]).square().mean()
 
-        args = Namespace(epochs=2, warmup_epochs=0, lr=0.1, weight_decay=0, seed=0, amp=False)
-        loop.fit(model, DataLoader(data, 4), loss_of, None, args, average=average)
+        loop.fit(model, DataLoader(data, 4), loss_of, None, args_for(), average=average)
         return model, before
 
     last, before = train(average=0.0)
@@ -101,3 +108,107 @@ def test_a_file_is_on_the_disk_before_its_name_is(tmp_path, monkeypatch):
     san.write({"a": 1}, tmp_path / "file.pt")
     loop.write_text("text", tmp_path / "file.txt")
     assert order == ["fsync", "replace"] * 2
+
+
+SIZES = {  # a small one of each backbone
+    "vit": lambda: models.ViT(3, 8, patch=4, dim=12, depth=2, heads=2),
+    "convnext": lambda: models.ConvNeXt(3, 8, (1, 2), (6, 8), drop_path=0.3, patch=2),
+    "swin": lambda: models.Swin(3, 8, 2, 2, 8, (2, 1), (2, 2), drop_path=0.3),
+    "llama": lambda: models.LLaMA(9, 8, depth=2, heads=2, kv_heads=1, hidden=12, context=16),
+}
+OPTIONS = dict(wiring="san", mode="both", norms=True, gamma_std=0.1, rank=2, shift=False, prompts=2)
+
+
+def adapted(name: str, method: str) -> tuple[nn.Module, torch.Tensor]:
+    """An adapted model and an input of five."""
+    torch.manual_seed(0)
+    model = SIZES[name]()
+    methods.adapt(model, method, Namespace(**OPTIONS))
+    return model, torch.randint(9, (5, 6)) if name == "llama" else torch.randn(5, 3, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [*((name, "san") for name in SIZES), ("llama", "san+dora"), ("vit", "vpt"), ("vit", "full")],
+)
+def test_recomputing_gives_the_same_gradients_runs_blocks_twice_and_leaves_nothing(name, method):
+    model, inputs = adapted(name, method)
+    blocks = [module for module in model.modules() if isinstance(module, loop.BLOCKS)]
+    norms, runs = [next(m for m in b.modules() if "Norm" in type(m).__name__) for b in blocks], []
+    for norm in norms:
+        norm.register_forward_hook(lambda *_: runs.append(1))
+
+    def gradients() -> dict:
+        runs.clear()
+        model.zero_grad()
+        torch.manual_seed(1)  # of the branches that are dropped
+        model(inputs).square().mean().backward()
+        return {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
+
+    expected, once = gradients(), len(runs)
+    with loop.recomputing(model):
+        found = gradients()
+        assert len(runs) == 2 * once == 2 * len(blocks) > 0
+        state = model.state_dict().keys()
+        copied = copy.deepcopy(model)
+    torch.testing.assert_close(found, expected)
+    assert any(gradient.abs().max() > 0 for gradient in expected.values())
+    assert state == model.state_dict().keys()
+    gradients()
+    assert len(runs) == once
+    with torch.no_grad():  # an average is such a copy: it has its own weights
+        assert torch.equal(copied.eval()(inputs), model.eval()(inputs))
+        for block in (module for module in copied.modules() if isinstance(module, loop.BLOCKS)):
+            for parameter in block.parameters():
+                parameter *= 1.1
+        assert not torch.equal(copied(inputs), model(inputs))
+
+
+@pytest.mark.parametrize("parts", [2, 3, 9])
+def test_a_batch_in_parts_makes_the_same_steps(parts):
+    def train(accumulate: int) -> tuple[dict, list[dict], list[int]]:
+        model, sizes = adapted("llama", "san")[0], []
+        lengths = [3, 9, 4, 12, 5, 7, 6]  # so that parts have unequal numbers of labels
+        pairs = [([1 + i % 8 for i in range(n)], 2) for n in lengths]
+        loader = DataLoader(pairs, 5, collate_fn=questions.collate)
+
+        def loss_of(model: nn.Module, batch: tuple) -> torch.Tensor:
+            sizes.append(len(batch[0]))
+            return questions.token_loss(model, *batch)
+
+        def weigh(batch: tuple) -> int:
+            return (batch[1] != questions.IGNORE).sum().item()
+
+        args = args_for(lr=1e-3, accumulate=accumulate)
+        history = loop.fit(model, loader, loss_of, None, args, weigh=weigh)
+        return methods.trained_state(model), [record["loss"] for record in history], sizes
+
+    whole, parted = train(1), train(parts)
+    torch.testing.assert_close(parted[0], whole[0], atol=1e-6, rtol=1e-4)
+    assert parted[1] == pytest.approx(whole[1], rel=1e-5)
+    assert whole[2] == [5, 2] * 2 and max(parted[2]) == -(-5 // parts)
+    assert sum(parted[2]) == sum(whole[2])
+
+
+def test_lines_and_checkpoints_from_before_a_flag_count_as_made_with_its_default(tmp_path):
+    line = {
+        "task": "t",
+        "model": "m",
+        "method": "san",
+        "part": "test",
+        "lr": 1,
+        "seed": 0,
+        "val": 1,
+    }
+    old = {"epochs": 2}
+    loop.write_json_lines([line | {"options": old}], tmp_path / "results.jsonl")
+    for options, count in (
+        (old | {"accumulate": 1, "recompute": False}, 1),
+        (old | {"accumulate": 2}, 0),
+        (old | {"ask": "words"}, 0),
+    ):
+        journal = tables.Journal(tmp_path / "results.jsonl", options)
+        assert len(journal.find({"method": "san"})) == count
+    journal.add(line)
+    again = tables.Journal(tmp_path / "results.jsonl", options)
+    assert len(again.find({"method": "san"})) == 1 and len(again.lines) == 2

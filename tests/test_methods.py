@@ -577,7 +577,7 @@ def test_training_keeps_state_for_what_is_trained_alone_and_the_rest_in_its_plac
     start = {name: value.clone() for name, value in methods.trained_state(model).items()}
     loader = DataLoader(TensorDataset(random_tokens()), batch_size=2)
     flags = dict(lr=1e-3, weight_decay=0.0, epochs=2, warmup_epochs=0, seed=0)
-    args = argparse.Namespace(**flags, amp=False, resume=False)
+    args = argparse.Namespace(**flags, amp=False, resume=False, accumulate=1)
 
     def loss_of(model: nn.Module, batch: list) -> torch.Tensor:
         return model(batch[0]).float().square().mean()

@@ -287,7 +287,15 @@ def test_a_training_file_of_all_tasks_takes_the_place_of_train_json(flags, tmp_p
     assert "20 training, 5 validation and 18 test" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("words", [["--amp"], ["--mode", "propagation"], ["--dtype", "bfloat16"]])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--amp"],
+        ["--mode", "propagation"],
+        ["--dtype", "bfloat16"],
+        ["--recompute", "--accumulate", 3],
+    ],
+)
 def test_variants_run(words, flags, tmp_path):
     words = [*words, "--method", "san+dora", "--epochs", 1, "--out", tmp_path]
     assert command(*flags, *words) == 0
