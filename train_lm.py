@@ -164,11 +164,7 @@ def names_of(args: argparse.Namespace) -> tuple[str, str]:
     if args.weights == "none":
         return task, "untrained"
     path = Path(args.weights or WEIGHTS).resolve()
-    if path.name in (
-        "model.pt",
-        "merged.pt",
-        "merged",
-    ):  # of a run, whose folder has the better name
+    if path.name in ("model.pt", "merged.pt", "merged"):  # of a run: its folder's name says more
         path = path.parent
     return task, path.name.removesuffix(".pt").removesuffix(".gguf")
 
