@@ -752,7 +752,6 @@ LLAMA_MICRO = dict(dim=128, depth=4, heads=4, kv_heads=2, hidden=384, context=20
 # name: class, image size it is made for, and its config, the class's other arguments
 SIZES = {
     "vit_micro": (ViT, 32, dict(patch=4, dim=96, depth=4, heads=3)),
-    "vit_mini": (ViT, 32, dict(patch=4, dim=128, depth=6, heads=4)),
     "vit_tiny": (ViT, 224, dict(patch=16, dim=192, depth=12, heads=3)),
     "vit_s16": (ViT, 224, dict(patch=16, dim=384, depth=12, heads=6)),
     "vit_b16": (ViT, 224, dict(patch=16, dim=768, depth=12, heads=12)),
