@@ -988,13 +988,12 @@ def test_one_picture_in_memory_is_had_by_its_number():
     assert torch.equal(picture, resident[[3]][0][0]) and label.tolist() == [3, 4]
 
 
-@pytest.mark.parametrize("pretrain, held_out", [(True, 1), (False, 10), (None, 10)])
+@pytest.mark.parametrize("pretrain, held_out", [(True, 1), (False, 10)])
 def test_a_pretraining_holds_out_a_fiftieth_and_all_else_a_fifth(
     pretrain, held_out, folder, small_set
 ):
     flags = {"dataset": "pets", "data_dir": str(folder.parent), "task": "shape", "shots": None}
-    flags |= {"protocol": None, "device": torch.device("cpu")}
-    flags |= {} if pretrain is None else {"pretrain": pretrain}
+    flags |= {"protocol": None, "device": torch.device("cpu"), "pretrain": pretrain}
     for i in range(30):
         Picture(20, "train", 0).save(folder / "train" / "cat" / f"more{i}.png")
     loaded = sets.load_named(Namespace(**flags), 32)

@@ -377,9 +377,9 @@ def test_the_protocol_chooses_on_the_fifth_and_then_trains_on_all(
 ):
     sizes, fit = [], loop.fit
 
-    def recorded(model, loader, loss_of, validate, args, *rest):
+    def recorded(model, loader, loss_of, validate, args, *rest, **more):
         sizes.append((len(loader.dataset), validate is not None, args.lr, args.seed))
-        return fit(model, loader, loss_of, validate, args, *rest)
+        return fit(model, loader, loss_of, validate, args, *rest, **more)
 
     take = sets.take
     monkeypatch.setattr(sets, "take", lambda data, shots: take(data, shots // 25))
