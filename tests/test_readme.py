@@ -96,7 +96,8 @@ def test_every_command_of_a_page_is_one_that_the_script_takes(page, script):
 
 def test_cifar100_has_the_defaults_that_the_readme_names():
     said = section("CIFAR-100 on one GPU")
-    (words,) = commands(said, "train_vision.py")
+    words, small = commands(said, "train_vision.py")
+    assert (ROOT / "weights" / f"{train_vision.arguments(small).model[0]}.pt").is_file()
     args = train_vision.arguments(words)
     assert (args.method, args.model, args.weights) == ("san", ["vit_b16"], None)  # imagenet1k
     assert f"for {args.epochs} epochs" in said.replace("\n", " ")
