@@ -28,19 +28,20 @@ from lab.pictures import Data, Task, set_name
 
 WEIGHTS = Path(__file__).parent / "weights"
 # [us] --compare's rows, each with as many learning rates to choose from
+OF_VECTORS, OF_LOW_RANK = (1e-3, 3e-3, 1e-2, 3e-2), (3e-4, 1e-3, 3e-3, 1e-2)
 LEARNING_RATES = {
     "linear": (3e-3, 1e-2, 3e-2, 1e-1),
-    "norm": (1e-3, 3e-3, 1e-2, 3e-2),
-    "bias": (1e-3, 3e-3, 1e-2, 3e-2),
-    "vpt": (1e-3, 3e-3, 1e-2, 3e-2),
-    "lora, r=1": (3e-4, 1e-3, 3e-3, 1e-2),
-    "lora": (3e-4, 1e-3, 3e-3, 1e-2),
-    "dora": (3e-4, 1e-3, 3e-3, 1e-2),
-    "ia3": (1e-3, 3e-3, 1e-2, 3e-2),
-    "ssf": (1e-3, 3e-3, 1e-2, 3e-2),
-    "hyperadapt": (1e-3, 3e-3, 1e-2, 3e-2),
-    "san": (1e-3, 3e-3, 1e-2, 3e-2),
-    "san2": (1e-3, 3e-3, 1e-2, 3e-2),
+    "norm": OF_VECTORS,
+    "bias": OF_VECTORS,
+    "vpt": OF_VECTORS,
+    "lora, r=1": OF_LOW_RANK,
+    "lora": OF_LOW_RANK,
+    "dora": OF_LOW_RANK,
+    "ia3": OF_VECTORS,
+    "ssf": OF_VECTORS,
+    "hyperadapt": OF_VECTORS,
+    "san": OF_VECTORS,
+    "san2": OF_VECTORS,
     "full": (1e-4, 3e-4, 1e-3, 3e-3),
 }
 # the flags of a row that is more than a method's name

@@ -105,14 +105,11 @@ def adapt(model: nn.Module, method: str, options: argparse.Namespace) -> None:
     linked = [link.layer for link in model.links()]
     linear = [name for name in linked if isinstance(model.get_submodule(name), nn.Linear)]
     low_rank = [name for name in linear if not is_llama or name.endswith(methods.LOW_RANK)]
-    last = [name for name in linear if name.endswith(("fc2", "pwconv2", "down_proj"))]
-    config = {
-        "PEFT's LoRA": lambda: peft.LoraConfig(
-            r=options.rank, lora_alpha=options.rank, target_modules=low_rank
-        ),
-        # it scales what the last layer of an MLP reads, and what every other one gives
-        "PEFT's IA³": lambda: peft.IA3Config(target_modules=linear, feedforward_modules=last),
-    }[method]()
+    if method == "PEFT's LoRA":
+        config = peft.LoraConfig(r=options.rank, lora_alpha=options.rank, target_modules=low_rank)
+    else:  # it scales what the last layer of an MLP reads, and what every other one gives
+        last = [name for name in linear if name.endswith(methods.SECOND)]
+        config = peft.IA3Config(target_modules=linear, feedforward_modules=last)
     peft.inject_adapter_in_model(config, model)
     if not is_llama:  # a new head is trained by every method
         model.head.requires_grad_(True)

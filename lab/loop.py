@@ -122,10 +122,10 @@ def fit(
                 for group in optimizer.param_groups:
                     group["lr"] = rate
                 optimizer.zero_grad()
-                loss = torch.zeros((), device=device)
+                loss, whole = torch.zeros((), device=device), weigh(batch)
                 for part in zip(*(tensor.chunk(args.accumulate) for tensor in batch)):
                     with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
-                        share = loss_of(model, part) * (weigh(part) / weigh(batch))
+                        share = loss_of(model, part) * (weigh(part) / whole)
                     share.backward()
                     loss += share.detach()
                 optimizer.step()
