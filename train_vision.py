@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
 import models
-from lab import checkpoints, loop, methods, paired, pictures, plot, sprites, tables
+from lab import checkpoints, loop, methods, paired, pictures, plot, sprites, tables, variants
 from lab.batches import factor_accuracy, factor_loss, loader, outputs_of, prepare
 from lab.pictures import Data, Task, set_name
 
@@ -49,20 +49,6 @@ ROWS = {"lora, r=1": {"method": "lora", "rank": 1}}
 METHODS = [row for row in LEARNING_RATES if row not in ROWS]
 # [us] a single run's
 DEFAULT_RATES = dict.fromkeys(METHODS, 1e-3) | {"lora": 5e-4, "dora": 5e-4, "full": 1e-4}
-# the flags of --ablation's variants
-SAN = {"method": "san", "mode": "both", "shift": True, "norms": True}
-SAN |= {"gamma_std": 0.0, "wiring": "san"}
-VARIANTS = {
-    "both, shift (SAN)": SAN,
-    "both": SAN | {"shift": False},
-    "feature, shift": SAN | {"mode": "feature"},
-    "feature": SAN | {"mode": "feature", "shift": False},
-    "propagation, shift": SAN | {"mode": "propagation"},
-    "propagation": SAN | {"mode": "propagation", "shift": False},
-    "SAN, norms frozen": SAN | {"norms": False},
-    "SAN, γ from N(1, 0.02)": SAN | {"gamma_std": 0.02},
-    "SAN, authors' wiring": SAN | {"wiring": "authors"},
-}
 FOR_VIT = ("vpt", "SAN, authors' wiring")
 
 
@@ -93,7 +79,8 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     add("--pretrain", action="store_true", help="a new backbone: all of it, from nothing")
     add("--ablation", action="store_true", help="SAN's variants compared, as --compare does")
     add("--compile", action="store_true", help="torch.compile what is trained")
-    add("--methods", nargs="+", choices=list(LEARNING_RATES), help="of --compare; default: all")
+    names = [*LEARNING_RATES, *variants.FLAGS]
+    add("--methods", nargs="+", choices=names, help="rows of --compare or --ablation; default: all")
     add("--table", nargs="+", metavar="RUN", help="comparisons' results.jsonl as Markdown tables")
     add("--plot", nargs="+", metavar="RUN", help="pictures of runs and comparisons, into --out")
     loop.add_flags(p, METHODS, epochs=None, batch=32)
@@ -102,14 +89,15 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     args.protocol = args.protocol or ("vtab1k" if args.dataset == "vtab" else None)
     args.epochs = args.epochs or (100 if args.protocol else 20)  # 100: [P, S]
     args.model = args.model or ["vit_micro" if drawn else "vit_b16"]
-    if args.ablation and (args.compare or args.protocol or args.method != "san"):
-        p.error("--ablation compares SAN's variants, without --compare, --protocol or --method")
+    if args.ablation and (args.compare or args.method != "san"):
+        p.error("--ablation compares SAN's variants, without --compare or --method")
     if args.pretrain and (tabulates(args) or args.shots or args.method != "san"):
         p.error("--pretrain makes one backbone, without --method, --shots or a comparison")
     if args.pretrain:
         args.method, args.weights = "full", "none"
-    if args.methods and not args.compare:
-        p.error("--methods names those of --compare; a run has one --method")
+    rows = LEARNING_RATES if args.compare else variants.FLAGS if args.ablation else ()
+    if other := [row for row in args.methods or () if row not in rows]:
+        p.error(f"--methods names rows of --compare or --ablation, and {other[0]!r} is none here")
     if args.protocol and args.shots:
         p.error("--protocol vtab1k says how many pictures are labelled; leave --shots out")
     if not tabulates(args) and (len(args.model) > 1 or args.task == "all"):
@@ -272,13 +260,13 @@ def evaluate_run(args: argparse.Namespace) -> None:
 def compare(args: argparse.Namespace) -> None:
     """Methods on tasks and models, learning rates chosen on validation; tables of them.
 
-    The methods are args.method; with --compare args.methods or all; with --ablation SAN's variants.
-    Of several tasks, one whose data cannot be had is left out and said so. Raises OSError if none
-    can.
+    The methods are args.method; with --compare or --ablation args.methods or all of its rows. With
+    args.seeds 0 rates are tried alone, and nothing is scored on the test split. Of several tasks,
+    one whose data cannot be had is left out and said so. Raises OSError if none can.
     """
     tasks = pictures.tasks_named(args)
-    rows = args.methods or LEARNING_RATES if args.compare else [args.method]
-    rows = VARIANTS if args.ablation else rows
+    rows = LEARNING_RATES if args.compare else variants.FLAGS if args.ablation else [args.method]
+    rows = args.methods or rows
     rows_of = {
         name: [row for row in rows if row not in FOR_VIT or models.SIZES[name][0] is models.ViT]
         for name in args.model
@@ -287,7 +275,7 @@ def compare(args: argparse.Namespace) -> None:
         raise ValueError(f"{[*rows][0]} is for a ViT's tokens alone; give --model vit_… with it")
     for row in dict.fromkeys(row for own in rows_of.values() for row in own):
         print(f"learning rates for {row}: {', '.join(f'{rate:g}' for rate in rates_of(row, args))}")
-    kind = args.protocol or ("ablation" if args.ablation else "compare")
+    kind = "ablation" if args.ablation else args.protocol or "compare"
     args.out = args.out or f"runs/{kind}-{set_name(args)}"
     journal, lines = tables.journal_of(args, Path(args.out)), []
     searches = [
@@ -322,10 +310,14 @@ def measure(
     # loaded only where the journal leaves something to do
     data = functools.cache(lambda: task.load(size_of(name, args)))
 
-    def train_one(own: argparse.Namespace, note: str, last: bool) -> tuple[nn.Module, dict]:
+    def train_one(
+        row: str, own: argparse.Namespace, note: str, last: bool
+    ) -> tuple[nn.Module, dict]:
         labelled = pictures.whole(data()) if last and args.protocol else data()
         model = load_model(own, name, labelled.factors)
         methods.adapt(model, own.method, own)
+        if row in variants.CHANGES:
+            variants.CHANGES[row](model)
         model = loop.on_device(model, own.device)
         return model, train(model, labelled, own, None, note)[1]
 
@@ -335,7 +327,7 @@ def measure(
             settings_of(row, args),
             key_of(task, name, row),
             rates_of(row, args),
-            train_one,
+            functools.partial(train_one, row),
             lambda model: test(model, data(), args),
             journal,
             again=bool(args.protocol),
@@ -350,7 +342,8 @@ def key_of(task: Task, name: str, row: str) -> dict:
 
 def settings_of(row: str, args: argparse.Namespace) -> argparse.Namespace:
     """The settings of a method or variant."""
-    return loop.changed(args, **(VARIANTS if args.ablation else ROWS).get(row, {"method": row}))
+    own = variants.FLAGS if args.ablation else ROWS
+    return loop.changed(args, **own.get(row, {"method": row}))
 
 
 def time_step(

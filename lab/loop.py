@@ -32,6 +32,7 @@ FINISHED = ("merged.pt", "model.pt")  # one of them in its folder, and a run is 
 BLOCKS = (models.ViTBlock, models.ConvNeXtBlock, models.SwinBlock, models.LLaMABlock)
 # what runs did before there were flags for it
 LATER = {"accumulate": 1, "recompute": False, "ask": "options", "test_shots": None}
+LATER |= {"methods": None, "pretrain": False}
 
 # -------------------------------------------------------------------------------- the training loop
 
@@ -483,7 +484,7 @@ def add_flags(p: argparse.ArgumentParser, names: Iterable[str], epochs: int, bat
     add("--resume", action="store_true", help="go on from the last checkpoint in --out")
     add("--evaluate", metavar="RUN", help="score a saved run again, train nothing")
     add("--compare", action="store_true", help="all methods, learning rates searched; one table")
-    add("--seeds", type=positive, default=3, help="how many, where tables are made")
+    add("--seeds", type=count, default=3, help="how many, where tables are made; 0: try rates only")
 
 
 def check_flags(p: argparse.ArgumentParser, args: argparse.Namespace, many: bool) -> None:
@@ -506,7 +507,12 @@ def check_flags(p: argparse.ArgumentParser, args: argparse.Namespace, many: bool
 
 
 def positive(word: str) -> int:
-    number = int(word)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is not a whole number above 0")
+    if (number := count(word)) == 0:
+        raise argparse.ArgumentTypeError("0 is not a whole number above 0")
+    return number
+
+
+def count(word: str) -> int:
+    if (number := int(word)) < 0:
+        raise argparse.ArgumentTypeError(f"{number} is below 0")
     return number

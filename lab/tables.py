@@ -234,11 +234,14 @@ def tables(lines: list[dict]) -> str:
     The first has the mean over all tasks, and over those of each group if the lines name groups;
     it stays empty for a method that lacks one of them. A third, where lines tell which pictures
     were right, holds the methods against SAN. Runs with other options have rows of their own, which
-    name what differs. Raises ValueError if no run is scored.
+    name what differs. If no run is scored, it is a table of validation. Raises ValueError for no
+    lines at all.
     """
     runs, tried = paired.runs_of(lines, "test", "seed"), paired.runs_of(lines, "search", "lr")
+    if not lines:
+        raise ValueError("there is no run to tabulate")
     if not runs:
-        raise ValueError("there is no scored run to tabulate")
+        return markdown(validated(tried))
     labels, against = paired.labels_of(runs), paired.reference(lines)
     pairs = paired.differences(lines, against)
     group_of = {line["task"]: line.get("group") for line in lines if line["part"] == "test"}
@@ -267,6 +270,24 @@ def tables(lines: list[dict]) -> str:
     if pairs:
         text += f"\n{markdown(beside_san(runs, pairs, against))}\n{NOTE}\n"
     return text
+
+
+def validated(tried: dict[Key, dict]) -> list[dict]:
+    """The rows of a table of rates that were tried: the best validation accuracy, and its rate."""
+    rows, labels = [], paired.labels_of(tried)
+    tasks = dict.fromkeys(task for by_task in tried.values() for task in by_task)
+    for key, by_task in tried.items():
+        row, best = {"model": key[0], "method": labels[key]}, []
+        for task in tasks:
+            values = {lr: line["val"] for lr, line in by_task.get(task, {}).items()}
+            values = {lr: val for lr, val in values.items() if val is not None}
+            row[task] = ""
+            if values:
+                best.append(values[lr := choice(values)])
+                row[task] = f"{100 * best[-1]:.1f} at {lr:g}"
+        mean = f"{100 * statistics.mean(best):.1f}" if len(best) == len(tasks) else ""
+        rows.append(row | {"mean": mean})
+    return rows
 
 
 def detail(runs: list[dict], tried: list[float]) -> dict[str, str]:

@@ -190,8 +190,20 @@ def test_tables_have_means_by_group_where_no_task_is_missing():
         "san, epochs 8",
         "lora, epochs 9",
     ]
-    with pytest.raises(ValueError, match="no scored run"):
-        tables.tables([line | {"part": "search"} for line in lines])
+    with pytest.raises(ValueError, match="no run to tabulate"):
+        tables.tables([])
+
+
+def test_rates_that_were_tried_alone_give_a_table_of_validation(tmp_path):
+    lines = searched(tmp_path, seeds=0)[1]
+    assert {line["part"] for line in lines} == {"search"}
+    lines += [line | {"task": "b", "val": None if line["lr"] == 2 else 0.5} for line in lines]
+    lines += [line | {"method": "ssf", "val": None} for line in lines]
+    rows = tables.tables(lines).splitlines()
+    assert rows[0] == "| model | method | a | b | mean |"
+    best = max(line["val"] for line in lines[:3])
+    assert rows[2] == f"| m | san | {100 * best:.1f} at 2 | 50.0 at 1 | {50 * best + 25:.1f} |"
+    assert rows[3] == "| m | ssf |  |  |  |"
 
 
 def test_mean_and_standard_deviation_over_seeds():

@@ -16,7 +16,7 @@ from tiny import published_vit, randomise
 import models
 import san
 import train_vision
-from lab import batches, checkpoints, loop, methods, paired, tables
+from lab import batches, checkpoints, loop, methods, paired, tables, variants
 from lab import pictures as sets
 
 ROOT = Path(__file__).parent.parent
@@ -353,7 +353,7 @@ def test_the_ablation_compares_the_variants_that_a_model_can_have(flags, tmp_pat
     monkeypatch.setattr(tables, "WIDEN", 0)
     assert command(*flags, "--epochs", 1, "--ablation", "--seeds", 1, "--out", tmp_path) == 0
     lines = tables.read_results(tmp_path / "results.jsonl")
-    assert [*dict.fromkeys(line["method"] for line in lines)] == [*train_vision.VARIANTS]
+    assert [*dict.fromkeys(line["method"] for line in lines)] == [*variants.FLAGS]
     counts = {line["method"]: line["trainable"] for line in lines}
     gammas = sum(len(p) for k, p in norms_and_gammas() if k.endswith("gamma"))
     norms = sum(len(p) for k, p in norms_and_gammas() if "norm" in k)
@@ -460,7 +460,7 @@ def test_tables_of_files_that_are_missing_or_empty_are_refused(tmp_path, capsys)
     assert "there is no file" in capsys.readouterr().err
     path.write_text("")
     assert command("--table", path) == 2
-    assert "no scored run to tabulate" in capsys.readouterr().err
+    assert "no run to tabulate" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------- bad input
@@ -523,7 +523,9 @@ def test_weights_that_cannot_be_used_are_refused(kind, code, words, flags, tmp_p
         (["--compare", "--seed", "3"], 2, "takes --seeds"),
         (["--ablation", "--compare"], 2, "SAN's variants"),
         (["--compare", "--methods", "san", "magic"], 2, "'magic'"),
-        (["--methods", "san"], 2, "names those of --compare"),
+        (["--methods", "san"], 2, "'san' is none here"),
+        (["--ablation", "--methods", "both", "ssf"], 2, "'ssf' is none here"),
+        (["--compare", "--seeds", "-1"], 2, "below 0"),
         (["--pretrain", "--compare"], 2, "--pretrain makes one backbone"),
         (["--protocol", "vtab1k", "--method", "vpt", "--model", "convnext_micro"], 2, "for a ViT"),
         (["--gamma-std", "-1"], 2, "--gamma-std must be"),
