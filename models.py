@@ -701,15 +701,20 @@ class LLaMA(nn.Module):
         return links
 
 
+def generate(model: LLaMA, prompt: list[int], count: int, stop: int | None = None) -> list[int]:
+    """Greedy decoding: up to `count` tokens that follow the prompt, the likeliest each time.
+
+    The text ends before the token `stop`. The prompt has one token or more; whether it fits the
+    model's context is the caller's concern.
+    """
+    return generate_batch(model, [prompt], count, stop)[0]
+
+
 @torch.no_grad()
-def generate(
+def generate_batch(
     model: LLaMA, prompts: list[list[int]], count: int, stop: int | None = None
 ) -> list[list[int]]:
-    """Greedy decoding: per prompt up to `count` tokens that follow it, the likeliest each time.
-
-    A text ends before the token `stop`. A prompt has one token or more; whether it fits the model's
-    context is the caller's concern.
-    """
+    """`generate` for several prompts at once: per prompt the tokens that it has alone."""
     longest, device = max(map(len, prompts)), model.embed.weight.device
     padding = torch.tensor([longest - len(prompt) for prompt in prompts], device=device)
     x = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts], device=device)

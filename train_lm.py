@@ -324,7 +324,7 @@ def run(args: argparse.Namespace) -> None:
         before = job.test(model)[1]
         shown = [own[0] for own in asked.test.values()][:4]
         result["test_base"] = before["test"]
-    said = speak(model, tokenizer, shown) if shown else []
+    said = [speak(model, tokenizer, question) for question in shown]
     history, figures = train(adapt(model, args), job, args, Path(args.out), args.method)
     result |= figures | {"wall": time.perf_counter() - started}
     content = {"numbers": model.config, "tokenizer": tokenizer.saved}
@@ -335,9 +335,9 @@ def run(args: argparse.Namespace) -> None:
         print_beside_guesses(asked, before, result, args.test_shots)
     if shown:
         print("in the model's own words:\n")
-        for question, *texts in zip(shown, said, speak(model, tokenizer, shown)):
+        for question, before in zip(shown, said):
             text = question.prompt.split("### Instruction:\n")[-1].split("\n\n### Response")[0]
-            print("{}\n  before: {}\n  after:  {}".format(text, *texts))
+            print(f"{text}\n  before: {before}\n  after:  {speak(model, tokenizer, question)}")
             print(f"  right:  {question.output.strip()}\n")
 
 

@@ -61,7 +61,7 @@ def answer(
         if args.score == "generate":
             prompts = [len(question.prompt) for question in questions]
             for some in batched(prompts, lambda own: len(own) <= args.batch_size):
-                said = speak(model, tokenizer, [questions[i] for i in some])
+                said = speak_batch(model, tokenizer, [questions[i] for i in some])
                 for i, text in zip(some, said):
                     scores[i, : len(questions[i].options)] = 0
                     if (named := first_named(text, questions[i].options)) >= 0:
@@ -168,10 +168,16 @@ def first_named(text: str, options: Iterable[str]) -> int:
     return min(found)[2] if found else -1
 
 
-def speak(model: nn.Module, tokenizer: Tokenizer, questions: list[Question]) -> list[str]:
-    """The model's own answers, the likeliest token each time."""
+def speak(model: nn.Module, tokenizer: Tokenizer, question: Question) -> str:
+    """The model's own answer, the likeliest token each time."""
+    prompt = tokenizer.encode(question.prompt)
+    return tokenizer.decode(models.generate(model, prompt, ANSWER_TOKENS, tokenizer.end)).strip()
+
+
+def speak_batch(model: nn.Module, tokenizer: Tokenizer, questions: list[Question]) -> list[str]:
+    """`speak` for several questions at once."""
     prompts = [tokenizer.encode(question.prompt) for question in questions]
-    said = models.generate(model, prompts, ANSWER_TOKENS, tokenizer.end)
+    said = models.generate_batch(model, prompts, ANSWER_TOKENS, tokenizer.end)
     return [tokenizer.decode(tokens).strip() for tokens in said]
 
 

@@ -136,7 +136,7 @@ def test_greedy_generation_gives_the_tokens_of_transformers(variant, tmp_path):
     expected = real.generate(
         prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=30, do_sample=False
     )
-    assert models.generate(own, prompt.tolist(), count=30) == [expected[0, 5:].tolist()]
+    assert models.generate(own, prompt[0].tolist(), count=30) == expected[0, 5:].tolist()
 
 
 def forget_the_scaling(model):
@@ -517,26 +517,26 @@ def test_generation_with_the_cache_is_generation_without():
     model, tokens = tiny_llama(), [3, 1, 4]
     for _ in range(12):
         tokens.append(model(torch.tensor([tokens]))[0, -1].argmax().item())
-    assert models.generate(model, [[3, 1, 4]], count=12) == [tokens[3:]]
+    assert models.generate(model, [3, 1, 4], count=12) == tokens[3:]
 
 
 def test_generation_ends_before_the_stop_token_or_after_the_count():
     model = tiny_llama()
-    (tokens,) = models.generate(model, [[3, 1, 4]], count=12)
+    tokens = models.generate(model, [3, 1, 4], count=12)
     stop = tokens[6]
-    assert models.generate(model, [[3, 1, 4]], 12, stop) == [tokens[: tokens.index(stop)]]
-    assert models.generate(model, [[3, 1, 4]], count=2) == [tokens[:2]]
-    assert models.generate(model, [[3, 1, 4]], count=0) == [[]]
+    assert models.generate(model, [3, 1, 4], 12, stop) == tokens[: tokens.index(stop)]
+    assert models.generate(model, [3, 1, 4], count=2) == tokens[:2]
+    assert models.generate(model, [3, 1, 4], count=0) == []
 
 
 def test_prompts_of_several_lengths_are_continued_as_each_alone():
     model, prompts = tiny_llama(), [[3, 1, 4], [7], [5, 9, 2, 6, 5, 3], [8, 9, 7]]
-    alone = [models.generate(model, [prompt], count=12)[0] for prompt in prompts]
-    assert models.generate(model, prompts, count=12) == alone
+    alone = [models.generate(model, prompt, count=12) for prompt in prompts]
+    assert models.generate_batch(model, prompts, count=12) == alone
     assert len({*map(tuple, alone)}) == len(prompts)
     stop = alone[0][4]
-    ends = [models.generate(model, [prompt], 12, stop)[0] for prompt in prompts]
-    assert models.generate(model, prompts, 12, stop) == ends and len(ends[0]) < 12
+    ends = [models.generate(model, prompt, 12, stop) for prompt in prompts]
+    assert models.generate_batch(model, prompts, 12, stop) == ends and len(ends[0]) < 12
 
 
 # --------------------------------------------------------------------------------------- links

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from lab import microworld, questions
+import models
+from lab import microworld, questions, scoring
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -159,13 +160,16 @@ def ending(template: str):
         ("<s> <s> $A", [0, 0]),
     ],
 )
-def test_what_a_tokenizer_puts_after_a_text_is_left_out(template, begin, checkpoint):
+def test_what_a_tokenizer_puts_after_a_text_is_left_out(template, begin, checkpoint, monkeypatch):
     plain = questions.LlamaTokenizer(checkpoint).encode(QUESTION.prompt)[1:]
     own = change_tokenizer(checkpoint, ending(template))
     assert own.encode(QUESTION.prompt) == begin + plain
     tokens, start = questions.encode(QUESTION, own)
     assert tokens[-1] == own.end != tokens[-2]
     assert own.decode(tokens[start:]) == QUESTION.output
+    given = []
+    monkeypatch.setattr(models, "generate", lambda _, prompt, *rest: given.append(prompt) or [])
+    assert scoring.speak(None, own, QUESTION) == "" and given == [begin + plain]
 
 
 def test_special_tokens_beyond_the_models_rows_are_text_and_others_count(checkpoint):

@@ -213,15 +213,15 @@ def test_generated_answers_are_right_where_they_name_the_right_option_first(
 ):
     texts = ["it is true", "answer4 or answer5", "the small bag of the baker", "", "ending4"]
     said = {question.prompt: text for question, text in zip(QUESTIONS, texts)}
-    monkeypatch.setattr(scoring, "speak", lambda *a: [said[question.prompt] for question in a[2]])
+    monkeypatch.setattr(scoring, "speak_batch", lambda *a: [said[q.prompt] for q in a[2]])
     scores = scoring.answer(model, QUESTIONS, tokenizer, args_for(score="generate"))
     rights = [scoring.accuracy(scores[i : i + 1], QUESTIONS[i : i + 1]) for i in range(5)]
     assert rights == [1, 0, 1, 0, 1]
 
 
 def test_texts_generated_in_batches_are_those_of_each_question_alone(model, tokenizer):
-    alone = [scoring.speak(model, tokenizer, [question])[0] for question in QUESTIONS]
-    assert scoring.speak(model, tokenizer, QUESTIONS) == alone and len({*alone}) == len(alone)
+    alone = [scoring.speak(model, tokenizer, question) for question in QUESTIONS]
+    assert scoring.speak_batch(model, tokenizer, QUESTIONS) == alone and len({*alone}) == len(alone)
 
 
 def test_a_model_speaks_its_likeliest_tokens_until_the_end(model, tokenizer, monkeypatch):
@@ -231,11 +231,11 @@ def test_a_model_speaks_its_likeliest_tokens_until_the_end(model, tokenizer, mon
         with torch.no_grad():
             tokens.append(model(torch.tensor([tokens]))[0, -1].argmax().item())
     text = tokenizer.decode(tokens[prompt:]).strip()
-    assert scoring.speak(model, tokenizer, [question]) == [text]
+    assert scoring.speak(model, tokenizer, question) == text
     end = tokens[prompt + 3]
     said = tokens[prompt : tokens.index(end, prompt)]
     monkeypatch.setattr(tokenizer, "end", end)
-    assert scoring.speak(model, tokenizer, [question]) == [tokenizer.decode(said).strip()]
+    assert scoring.speak(model, tokenizer, question) == tokenizer.decode(said).strip()
 
 
 def test_accuracy_counts_right_answers_and_ties_are_wrong():
