@@ -368,9 +368,11 @@ def joined(before: str, after: str, tokenizer: Tokenizer) -> tuple[list[int], in
 def collate(batch: list[tuple[list[int], int]]) -> tuple[Tensor, Tensor]:
     """Encoded questions → tokens and labels, B×N, padded to the longest; the prompt has no label.
 
-    A causal model never sees what stands to the right, so that padding needs no mask.
+    A causal model never sees what stands to the right, so that padding needs no mask. The shortest
+    come first: a batch that is read in parts then has little padding in most of them.
     """
-    longest = max(len(tokens) for tokens, _ in batch) - 1
+    batch = sorted(batch, key=lambda pair: len(pair[0]))
+    longest = len(batch[-1][0]) - 1
     inputs = torch.zeros(len(batch), longest, dtype=torch.long)
     labels = torch.full((len(batch), longest), IGNORE)
     for row, (tokens, start) in enumerate(batch):
@@ -380,7 +382,12 @@ def collate(batch: list[tuple[list[int], int]]) -> tuple[Tensor, Tensor]:
 
 
 def token_loss(model: nn.Module, tokens: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross-entropy of the labels that are not IGNORE; the head reads those places alone."""
+    """Mean cross-entropy of the labels that are not IGNORE; the head reads those places alone.
+
+    What stands to the right of all of them is left unread.
+    """
+    longest = (labels != IGNORE).any(0).nonzero().max() + 1
+    tokens, labels = tokens[:, :longest], labels[:, :longest]
     asked = labels != IGNORE
     logits = model.head(model.features(tokens)[asked])
     return F.cross_entropy(logits.float(), labels[asked])

@@ -52,9 +52,20 @@ def test_padding_changes_no_questions_loss(model, tokenizer):
     sums, counts = zip(*(naive_loss(model, question, tokenizer) for question in QUESTIONS))
     loss = questions.token_loss(model, tokens, labels)
     assert loss.item() == pytest.approx(sum(sums) / sum(counts), rel=1e-5)
-    for row, (pair, _) in enumerate(pairs):
+    for row, (pair, _) in enumerate(sorted(pairs, key=lambda pair: len(pair[0]))):
         tokens[row, len(pair) - 1 :] = 300
     assert torch.equal(questions.token_loss(model, tokens, labels), loss)
+
+
+@torch.no_grad()
+def test_each_part_of_a_batch_is_read_up_to_its_own_longest(model, tokenizer, monkeypatch):
+    pairs = [questions.encode(question, tokenizer) for question in QUESTIONS]
+    features, read = model.features, []
+    monkeypatch.setattr(model, "features", lambda x: read.append(x.shape) or features(x))
+    for part in zip(*(tensor.chunk(5) for tensor in questions.collate(pairs))):
+        questions.token_loss(model, *part)
+    lengths = sorted(len(tokens) - 1 for tokens, _ in pairs)
+    assert read == [(1, length) for length in lengths] and lengths[0] < lengths[-1]
 
 
 def test_where_a_tokenizer_joins_prompt_and_answer_the_joint_is_learned():
