@@ -1,9 +1,10 @@
 """Adapt a LLaMA with SAN, or with what people use instead, and compare.
 
-Four ways to use it:
+Five ways to use it:
     python train_lm.py                              # microworld, shipped weights, two CPU cores
     python train_lm.py --weights DIR --data DIR     # a real checkpoint, the eight tasks, one GPU
     python train_lm.py --compare                    # linear, full, LoRA, DoRA, SSF, SAN, …
+    python train_lm.py --table runs/…/results.jsonl # the tables of what has been measured
     python train_lm.py --evaluate runs/…            # score a saved run again
 """
 
@@ -20,7 +21,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import models
 import san
-from lab import llama, loop, methods, microworld, questions, tables
+from lab import llama, loop, methods, microworld, paired, questions, tables
 from lab.questions import (
     IGNORE,
     LlamaTokenizer,
@@ -30,20 +31,30 @@ from lab.questions import (
     encode,
     token_loss,
 )
-from lab.scoring import ABSENT, accuracy, answer, branch, guesses, mean, per_character, speak
+from lab.scoring import ABSENT, accuracy, answer, branch, guesses, hits, mean, per_character, speak
 
 WEIGHTS = Path(__file__).parent / "weights" / "llama_micro.pt"
-# [us] the grids of --compare; the first is the default, as validation on microworld chose it
+# [us] --compare's rows, each with as many learning rates to choose from
+OF_VECTORS, OF_MATRICES = (1e-3, 3e-3, 1e-2, 3e-2), (3e-4, 1e-3, 3e-3, 1e-2)
 LEARNING_RATES = {
-    "linear": (1e-2, 1e-3, 3e-3),
-    "full": (1e-3, 3e-4, 3e-3),
-    "lora": (1e-2, 1e-3, 3e-3),
-    "dora": (1e-2, 1e-3, 3e-3),
-    "ssf": (3e-2, 1e-2, 1e-1),
-    "san": (3e-2, 1e-2, 1e-1),
-    "san+lora": (1e-2, 1e-3, 3e-3),
-    "san+dora": (1e-2, 1e-3, 3e-3),
+    "linear": OF_MATRICES,
+    "norm": OF_VECTORS,
+    "lora": OF_MATRICES,
+    "lora, r=32": OF_MATRICES,
+    "dora": OF_MATRICES,
+    "ia3": OF_VECTORS,
+    "ssf": OF_VECTORS,
+    "hyperadapt": OF_VECTORS,
+    "san": OF_VECTORS,
+    "san+lora": OF_MATRICES,
+    "san+dora": OF_MATRICES,
+    "full": (3e-5, 1e-4, 3e-4, 1e-3),
 }
+# the flags of a row that is more than a method's name; rank and α of the papers' language results
+ROWS = {"lora, r=32": {"method": "lora", "rank": 32, "alpha": 64.0}}
+METHODS = [row for row in LEARNING_RATES if row not in ROWS]
+# [us] a single run's; where microworld's validation has chosen, it chose the largest of these
+DEFAULT_RATES = {method: max(LEARNING_RATES[method]) for method in METHODS}
 DOCUMENTS = 60_000  # of microworld's corpus: one epoch of pre-training
 WINDOW = 128  # tokens of the corpus read at once
 
@@ -78,9 +89,11 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
         choices=["words", "options"],
         help="score each option's own words, the default with likelihood, or the numbers of a list",
     )
-    loop.add_flags(p, list(LEARNING_RATES), epochs=5, batch=32)
+    loop.add_flags(p, METHODS, LEARNING_RATES, epochs=5, batch=32)
     args = p.parse_args(words)
     loop.check_flags(p, args, args.compare)
+    if args.methods and not args.compare:
+        p.error("--methods names those of --compare; a run has one --method")
     args.tasks = list(dict.fromkeys(args.tasks))
     corpus = args.tasks == ["corpus"]
     if "corpus" in args.tasks and (not corpus or args.data != "microworld" or args.compare):
@@ -96,8 +109,9 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
         args.ask = "options" if args.score == "generate" else "words"
     if args.data == "microworld" and not args.evaluate:
         args.ask = "options"  # its lists have the options' own words
-    if args.dtype != "float32" and (args.compare or args.method in ("linear", "full")):
-        p.error("linear, full and with them --compare train the weights; give --dtype float32")
+    trained = (args.methods or METHODS) if args.compare else [args.method]
+    if args.dtype != "float32" and {"linear", "full"} & {*trained}:
+        p.error("linear and full train the weights themselves; give --dtype float32")
     args.wiring, args.shift = "san", False  # a LLaMA has one wiring, and no bias to shift
     return args
 
@@ -241,10 +255,12 @@ def accuracies(
 ) -> dict:
     """Of scores by task: parts, each task's accuracy, 0 … 1, and test, their mean.
 
-    With --ask words also parts_norm and test_norm, by log-likelihood `per_character`.
+    parts_right tells each task's right answers, as `paired.pack` puts it. With --ask words also
+    parts_norm and test_norm, by log-likelihood `per_character`.
     """
     parts = {task: accuracy(scores[task], own) for task, own in asked.items()}
     figures = {"test": mean(parts.values()), "parts": parts}
+    figures["parts_right"] = {t: paired.pack(hits(scores[t], own)) for t, own in asked.items()}
     if args.ask == "words":
         norm = {t: accuracy(per_character(scores[t], own), own) for t, own in asked.items()}
         figures |= {"test_norm": mean(norm.values()), "parts_norm": norm}
@@ -311,7 +327,7 @@ def train(model: nn.Module, job: Job, args: argparse.Namespace, out: Path | None
 
 def run(args: argparse.Namespace) -> None:
     """One method on all tasks together: load, attach, train, score, merge, save."""
-    args.lr = args.lr or LEARNING_RATES[args.method][0]
+    args.lr = args.lr or DEFAULT_RATES[args.method]
     task, name = names_of(args)
     args.out = args.out or f"runs/{task}-{name}-{args.method}-seed{args.seed}"
     model, tokenizer = load_model(args)
@@ -357,7 +373,7 @@ def print_beside_guesses(
             for when, figures in (("before", before), ("after", after)):
                 if key in figures:
                     p = figures[key][task]
-                    error = f" ± {100 * (p * (1 - p) / len(own)) ** 0.5:.1f}" if test_shots else ""
+                    error = f" ± {tables.binomial(p, len(own))}" if test_shots else ""
                     row[when + label] = f"{100 * p:.1f}{error}"
         rows.append({"task": task, "questions": len(own)} | row)
     drawn = f", on {test_shots} test questions of a task at most" if test_shots else ""
@@ -378,7 +394,11 @@ def evaluate_run(args: argparse.Namespace) -> None:
 
 
 def compare(args: argparse.Namespace) -> None:
-    """Every method on all tasks together, learning rates chosen on validation; one table."""
+    """Methods on all tasks together, learning rates chosen on validation; tables of them.
+
+    The methods are args.methods, or all.
+    """
+    rows = args.methods or [*LEARNING_RATES]
     task, name = names_of(args)
     job, _ = load_job(args, *load_model(args))
     args.out = args.out or f"runs/compare-{task}-{name}"
@@ -389,29 +409,38 @@ def compare(args: argparse.Namespace) -> None:
         return model, train(model, job, own, None, note)[1]
 
     def time_step(name: str) -> tuple[float, int]:
-        """Seconds of a training step of full fine-tuning, and steps of a run."""
+        """Seconds of a training step, of full fine-tuning where it is compared; steps of a run."""
         some = job.loader.dataset[: 4 * args.batch_size]
         few = DataLoader(some, args.batch_size, collate_fn=collate)
-        own = loop.changed(args, method="full", epochs=2, warmup_epochs=0, lr=1e-9)
-        model = adapt(load_model(own)[0], own)  # the first epoch warms up
+        own = settings_of("full" if "full" in rows else rows[0], args)
+        own = loop.changed(own, epochs=2, warmup_epochs=0, lr=1e-9)  # the first epoch warms up
+        model = adapt(load_model(own)[0], own)
         history = fit(model, job._replace(loader=few, validate=None), own, None, "timing a step")
         return history[-1]["seconds"] / len(few), args.epochs * len(job.loader)
 
     searches = [
-        ({"task": task, "model": name, "method": method}, [args.lr] if args.lr else [*rates])
-        for method, rates in LEARNING_RATES.items()
+        (
+            {"task": task, "model": name, "method": row},
+            [args.lr] if args.lr else [*LEARNING_RATES[row]],
+        )
+        for row in rows
     ]
     tables.announce(searches, args, journal, time_step)
     for key, rates in searches:
-        own = loop.changed(args, method=key["method"])
+        own = settings_of(key["method"], args)
         lines += tables.search(own, key, rates, train_one, job.test, journal)
     tables.save_tables(lines, Path(args.out))
+
+
+def settings_of(row: str, args: argparse.Namespace) -> argparse.Namespace:
+    """The settings of one of --compare's rows."""
+    return loop.changed(args, **ROWS.get(row, {"method": row}))
 
 
 def main() -> None:
     args = arguments()
     work = evaluate_run if args.evaluate else compare if args.compare else run
-    loop.guard(work, args)
+    loop.guard(tables.print_tables if args.table else work, args)
 
 
 if __name__ == "__main__":

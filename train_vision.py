@@ -79,11 +79,8 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     add("--pretrain", action="store_true", help="a new backbone: all of it, from nothing")
     add("--ablation", action="store_true", help="SAN's variants compared, as --compare does")
     add("--compile", action="store_true", help="torch.compile what is trained")
-    names = [*LEARNING_RATES, *variants.FLAGS]
-    add("--methods", nargs="+", choices=names, help="rows of --compare or --ablation; default: all")
-    add("--table", nargs="+", metavar="RUN", help="comparisons' results.jsonl as Markdown tables")
     add("--plot", nargs="+", metavar="RUN", help="pictures of runs and comparisons, into --out")
-    loop.add_flags(p, METHODS, epochs=None, batch=32)
+    loop.add_flags(p, METHODS, [*LEARNING_RATES, *variants.FLAGS], epochs=None, batch=32)
     args = p.parse_args(words)
     drawn = args.dataset == "sprites"
     args.protocol = args.protocol or ("vtab1k" if args.dataset == "vtab" else None)

@@ -91,7 +91,7 @@ METHODS = ("limit", "full", "linear", "ssf", "san", "lora", "dora", *PEFT, "san+
 
 # the training scripts' flags as they are by default, for one epoch
 OPTIONS = dict(wiring="san", mode="both", norms=True, gamma_std=0.0, seed=0, resume=False)
-OPTIONS |= dict(epochs=1, lr=1e-3, weight_decay=0.0, warmup_epochs=0.1, accumulate=1)
+OPTIONS |= dict(epochs=1, lr=1e-3, weight_decay=0.0, warmup_epochs=0.1, accumulate=1, alpha=None)
 
 
 def adapt(model: nn.Module, method: str, options: argparse.Namespace) -> None:

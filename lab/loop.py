@@ -31,7 +31,7 @@ from lab import methods
 FINISHED = ("merged.pt", "model.pt")  # one of them in its folder, and a run is finished
 BLOCKS = (models.ViTBlock, models.ConvNeXtBlock, models.SwinBlock, models.LLaMABlock)
 # what runs did before there were flags for it
-LATER = {"accumulate": 1, "recompute": False, "ask": "options", "test_shots": None}
+LATER = {"accumulate": 1, "recompute": False, "ask": "options", "test_shots": None, "alpha": None}
 LATER |= {"methods": None, "pretrain": False}
 
 # -------------------------------------------------------------------------------- the training loop
@@ -411,9 +411,9 @@ def reopen(
     folder = Path(args.evaluate)
     try:
         config = LATER | json.loads((folder / "config.json").read_text())
-        if lacking := vars(args).keys() - config.keys():
+        if lacking := settings(args).keys() - config.keys():
             raise KeyError(f"config.json lacks {', '.join(sorted(lacking))}")
-        saved = argparse.Namespace(**config | {key: getattr(args, key) for key in own})
+        saved = changed(args, **config | {key: getattr(args, key) for key in own})
         path = folder / ("model.pt" if saved.method == "full" else "merged.pt")
         content = san.read(path)
         return saved, [content[key] for key in wanted], path
@@ -462,14 +462,21 @@ def write_json_lines(records: list[dict], path: Path) -> None:
 # -------------------------------------------------------------------------------------------- flags
 
 
-def add_flags(p: argparse.ArgumentParser, names: Iterable[str], epochs: int, batch: int) -> None:
-    """The flags that every training script has."""
+def add_flags(
+    p: argparse.ArgumentParser,
+    names: Iterable[str],
+    rows: Iterable[str],
+    epochs: int | None,
+    batch: int,
+) -> None:
+    """The flags that every training script has; names: the methods, rows: a comparison's."""
     add, yes_no = p.add_argument, argparse.BooleanOptionalAction
     add("--method", default="san", choices=names)
     add("--mode", default="both", choices=list(methods.MODES), help="SAN's ablation")
     add("--norms", default=True, action=yes_no, help="train the norms with SAN and its kin")
     add("--gamma-std", type=float, default=0.0, help="SAN's γ start at 1 ± this")
     add("--rank", type=positive, default=8, help="of LoRA and DoRA")
+    add("--alpha", type=float, help="theirs; their update is scaled by α / rank; default: the rank")
     add("--epochs", type=positive, default=epochs)
     add("--batch-size", type=positive, default=batch)
     add("--accumulate", type=positive, default=1, help="parts in which a batch is read")
@@ -484,6 +491,8 @@ def add_flags(p: argparse.ArgumentParser, names: Iterable[str], epochs: int, bat
     add("--resume", action="store_true", help="go on from the last checkpoint in --out")
     add("--evaluate", metavar="RUN", help="score a saved run again, train nothing")
     add("--compare", action="store_true", help="all methods, learning rates searched; one table")
+    add("--methods", nargs="+", choices=rows, help="rows of a comparison; default: all")
+    add("--table", nargs="+", metavar="RUN", help="comparisons' results.jsonl as Markdown tables")
     add("--seeds", type=count, default=3, help="how many, where tables are made; 0: try rates only")
 
 
@@ -494,6 +503,8 @@ def check_flags(p: argparse.ArgumentParser, args: argparse.Namespace, many: bool
     """
     if many and (args.resume or args.seed):
         p.error("a comparison takes --seeds, the number of them, and goes on by itself")
+    if args.alpha is not None and not 0 < args.alpha < float("inf"):
+        p.error("--alpha must be a number above 0")
     if not 0 <= args.seed < 10_000:
         p.error("--seed must lie in 0 … 9999")
     if args.lr is not None and not 0 < args.lr < float("inf"):

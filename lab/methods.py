@@ -163,7 +163,7 @@ def adapt(model: nn.Module, method: str, args: argparse.Namespace) -> None:
     Beside a frozen base:
     vpt         args.prompts tokens before every block of a ViT (Jia et al. 2022)
     lora, dora  LoRALayer, DoRALayer on the linked layers, of a LLaMA on its LOW_RANK layers; the
-                rank is args.rank and α equals it [us]
+                rank is args.rank, and α args.alpha or, where that is None, the rank [us]
     ia3         scales of the outputs, bias included, of every linked nn.Linear, but of the inputs
                 of an MLP's SECOND layer (Liu et al. 2022, as PEFT has it)
     ssf         γ and β on the linked layers, γ acting once [S]
@@ -207,7 +207,7 @@ def adapt(model: nn.Module, method: str, args: argparse.Namespace) -> None:
         layer_type = DoRALayer if method.endswith("dora") else LoRALayer
         for name in (link.layer for link in links):
             if not is_llama or name.endswith(LOW_RANK):
-                wrap(model, name, layer_type, args.rank, args.rank)
+                wrap(model, name, layer_type, args.rank, args.alpha or args.rank)
 
 
 def add_scales(
@@ -239,7 +239,7 @@ def add_ia3(model: nn.Module, links: list[san.Link], trained: list[str]) -> None
         wrap(model, name, ColumnLayer)
 
 
-def wrap(model: nn.Module, name: str, layer_type: type[nn.Module], *options: int) -> None:
+def wrap(model: nn.Module, name: str, layer_type: type[nn.Module], *options: float) -> None:
     """Put layer_type(layer, *options) in the frozen layer's place, inside of a SAN layer if any."""
     if isinstance(model.get_submodule(name), san.SANLayer):
         name = f"{name}.layer"

@@ -98,6 +98,7 @@ def draw(runs: list[Path], out: Path, base_of: Callable[[dict], dict[str, Tensor
     """
     compared = [path for path in runs if (path / "results.jsonl").exists()]
     lines = [line for path in compared for line in tables.read_results(path / "results.jsonl")]
+    lines = tables.for_each_task(lines)
     trained = [read_run(path) for path in runs if path not in compared]
     figures = {
         "curves.png": curves(trained),

@@ -23,12 +23,16 @@ TOKENS = 1024  # scored at once at most, with padding; a CPU gains nothing from 
 PADDED = 1.2  # in a batch the longest is at most so many times as long as the shortest
 
 
-def accuracy(scores: Tensor, questions: list[Question]) -> float:
-    """Share of right answers, 0 … 1; a tie, as between options none of which is named, is wrong."""
+def hits(scores: Tensor, questions: list[Question]) -> Tensor:
+    """Which answers are right; a tie, as between options none of which is named, is wrong."""
     best = scores.max(1)
     alone = (scores == best.values[:, None]).sum(1) == 1
-    right = torch.tensor([question.answer for question in questions])
-    return ((best.indices == right) & alone).float().mean().item()
+    return (best.indices == torch.tensor([question.answer for question in questions])) & alone
+
+
+def accuracy(scores: Tensor, questions: list[Question]) -> float:
+    """Share of right answers, 0 … 1."""
+    return hits(scores, questions).float().mean().item()
 
 
 def per_character(scores: Tensor, questions: list[Question]) -> Tensor:

@@ -19,7 +19,7 @@ from lab.paired import Key, Paired
 
 WIDEN = 2  # rates that a search may add to its grid
 NOTE = (
-    "Differences in points, with 95 % intervals over test pictures and seeds; tasks and backbones "
+    "Differences in points, with 95 % intervals over test examples and seeds; tasks and backbones "
     "are taken as they are. level: not decided, and about how many times the data would decide it. "
     "s/epoch tells something where the runs had the machine to themselves."
 )
@@ -228,48 +228,75 @@ def print_tables(args: argparse.Namespace) -> None:
     print(tables([line for path in paths for line in read_results(path)]))
 
 
+def for_each_task(lines: list[dict]) -> list[dict]:
+    """Lines of which each is of one task: one of several tasks, learned together, becomes several.
+
+    test, test_norm and right are then the task's own; all else is the run's.
+    """
+    own = {"test": "parts", "test_norm": "parts_norm", "right": "parts_right"}
+    return [
+        line
+        | {"task": task}
+        | {key: line[parts][task] for key, parts in own.items() if parts in line}
+        for line in lines
+        for task in line["options"].get("tasks", [line["task"]])
+    ]
+
+
 def tables(lines: list[dict]) -> str:
     """Markdown tables of a Journal's lines: a row for each method, and for each task of it.
 
     The first has the mean over all tasks, and over those of each group if the lines name groups;
-    it stays empty for a method that lacks one of them. A third, where lines tell which pictures
-    were right, holds the methods against SAN. Runs with other options have rows of their own, which
-    name what differs. If no run is scored, it is a table of validation. Raises ValueError for no
-    lines at all.
+    it stays empty for a method that lacks one of them. Where options have several words, the same
+    follows of accuracy by length. The last, where lines tell which answers were right, holds the
+    methods against SAN. Runs with other options have rows of their own, which name what differs. If
+    no run is scored, it is a table of validation. Raises ValueError for no lines at all.
     """
-    runs, tried = paired.runs_of(lines, "test", "seed"), paired.runs_of(lines, "search", "lr")
     if not lines:
         raise ValueError("there is no run to tabulate")
-    if not runs:
-        return markdown(validated(tried))
+    if all(line["part"] == "search" for line in lines):  # validated on all of a run's tasks at once
+        return markdown(validated(paired.runs_of(lines, "search", "lr")))
+    lines = for_each_task(lines)
+    runs, tried = paired.runs_of(lines, "test", "seed"), paired.runs_of(lines, "search", "lr")
     labels, against = paired.labels_of(runs), paired.reference(lines)
     pairs = paired.differences(lines, against)
+    long = []
+    for key, own in runs.items():
+        for task, seeds in own.items():
+            rates = [*tried.get(key, {}).get(task, {})]
+            row = detail([*seeds.values()], rates) | {"method": labels[key]}
+            if pairs:
+                row["difference to SAN"] = pairs[key].tasks.get(task, "") if key in pairs else ""
+            long.append(row)
+    text = overview(lines)
+    if by_length := [line | {"test": line["test_norm"]} for line in lines if "test_norm" in line]:
+        text += f"\nby length:\n\n{overview(by_length)}"
+    text += f"\n{markdown(long)}"
+    if pairs:
+        text += f"\n{markdown(beside_san(runs, pairs, against))}\n{NOTE}\n"
+    return text
+
+
+def overview(lines: list[dict]) -> str:
+    """The table of methods and tasks, and of the means over tasks."""
+    runs, rows = paired.runs_of(lines, "test", "seed"), []
+    labels = paired.labels_of(runs)
     group_of = {line["task"]: line.get("group") for line in lines if line["part"] == "test"}
     means = {group: [t for t in group_of if group_of[t] == group] for group in group_of.values()}
     means = {g: own for g, own in means.items() if g} | {"mean": list(group_of)}
     means = means if len(group_of) > 1 else {}
-    short, long = [], []
-    for key, by_task in runs.items():
-        seeds = {task: list(own.values()) for task, own in by_task.items()}
-        accuracies = {task: [run["test"] for run in own] for task, own in seeds.items()}
+    for key, own in runs.items():
+        seeds = {task: list(by_seed.values()) for task, by_seed in own.items()}
+        accuracies = {task: [run["test"] for run in of] for task, of in seeds.items()}
         percent = next(iter(seeds.values()))[0]["percent"]
         row = {"model": key[0], "method": labels[key], "trained": f"{percent:.2f} %"}
         row |= {t: spread(accuracies[t]) if t in accuracies else "" for t in group_of}
-        for name, own in means.items():
-            whole = all(task in accuracies for task in own)
-            each = [statistics.mean(accuracies[task]) for task in own] if whole else []
+        for name, of in means.items():
+            whole = all(task in accuracies for task in of)
+            each = [statistics.mean(accuracies[task]) for task in of] if whole else []
             row[name] = f"{100 * statistics.mean(each):.1f}" if whole else ""
-        short.append(row)
-        for task, own in seeds.items():
-            rates = [*tried.get(key, {}).get(task, {})]
-            row = detail(own, rates) | {"method": labels[key]}
-            if pairs:
-                row["difference to SAN"] = pairs[key].tasks.get(task, "") if key in pairs else ""
-            long.append(row)
-    text = markdown(short) + "\n" + markdown(long)
-    if pairs:
-        text += f"\n{markdown(beside_san(runs, pairs, against))}\n{NOTE}\n"
-    return text
+        rows.append(row)
+    return markdown(rows)
 
 
 def validated(tried: dict[Key, dict]) -> list[dict]:
@@ -295,10 +322,15 @@ def detail(runs: list[dict], tried: list[float]) -> dict[str, str]:
     same = min(run["merge_same"] for run in runs)
     gap = max(run["merge_difference"] for run in runs)
     at_end = len(tried) > 1 and runs[-1]["lr"] in (min(tried), max(tried))
+    by_length, error = [run["test_norm"] for run in runs if "test_norm" in run], ""
+    if "right" in runs[0] and runs[0]["options"].get("test_shots"):
+        count = len(paired.unpack(runs[0]["right"]))
+        error = f"{count}, ± {binomial(statistics.mean(run['test'] for run in runs), count)}"
     return {
         **{name: runs[0][name] for name in ("model", "task", "method")},
-        **{k: spread([run["parts"][k] for run in runs]) for k in runs[0].get("parts", [])},
         "test accuracy, %": spread([run["test"] for run in runs]),
+        **({"by length, %": spread(by_length)} if by_length else {}),
+        **({"questions, error": error} if error else {}),
         "trained": f"{runs[0]['trainable']:,} ({runs[0]['percent']:.2f} %)",
         "lr": f"{runs[-1]['lr']:g}",
         "rates tried": (f"{len(tried)}" if tried else "") + (", end of grid" if at_end else ""),
@@ -308,9 +340,15 @@ def detail(runs: list[dict], tried: list[float]) -> dict[str, str]:
     }
 
 
+def binomial(share: float, count: int) -> str:
+    """Per cent, the standard error √(p (1 − p) / n) of a share p of n questions drawn at random."""
+    return f"{100 * (share * (1 - share) / count) ** 0.5:.1f}"
+
+
 def markdown(rows: list[dict]) -> str:
-    """Rows with the same keys as a Markdown table."""
-    lines = [list(rows[0]), ["---"] * len(rows[0]), *(row.values() for row in rows)]
+    """Rows as a Markdown table; what a row does not have stays empty."""
+    names = [*dict.fromkeys(name for row in rows for name in row)]
+    lines = [names, ["---"] * len(names), *([row.get(n, "") for n in names] for row in rows)]
     return "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
 
 

@@ -116,7 +116,9 @@ SIZES = {  # a small one of each backbone
     "swin": lambda: models.Swin(3, 8, 2, 2, 8, (2, 1), (2, 2), drop_path=0.3),
     "llama": lambda: models.LLaMA(9, 8, depth=2, heads=2, kv_heads=1, hidden=12, context=16),
 }
-OPTIONS = dict(wiring="san", mode="both", norms=True, gamma_std=0.1, rank=2, shift=False, prompts=2)
+OPTIONS = dict(
+    wiring="san", mode="both", norms=True, gamma_std=0.1, rank=2, shift=False, prompts=2, alpha=None
+)
 
 
 def adapted(name: str, method: str) -> tuple[nn.Module, torch.Tensor]:
@@ -206,6 +208,8 @@ def test_lines_and_checkpoints_from_before_a_flag_count_as_made_with_its_default
         (old | {"accumulate": 1, "recompute": False}, 1),
         (old | {"accumulate": 2}, 0),
         (old | {"ask": "words"}, 0),
+        (old | {"alpha": None}, 1),
+        (old | {"alpha": 16.0}, 0),
     ):
         journal = tables.Journal(tmp_path / "results.jsonl", options)
         assert len(journal.find({"method": "san"})) == count

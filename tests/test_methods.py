@@ -20,7 +20,7 @@ from lab import loop, methods
 
 ROOT = Path(__file__).parent.parent
 OPTIONS = argparse.Namespace(
-    wiring="san", mode="both", shift=False, rank=4, norms=True, gamma_std=0.0, prompts=3
+    wiring="san", mode="both", shift=False, rank=4, alpha=None, norms=True, gamma_std=0.0, prompts=3
 )
 TINY = dict(vocab=19, dim=32, depth=2, heads=4, kv_heads=2, hidden=48, context=32)
 LOW_RANK = ("attn.q_proj", "attn.k_proj", "attn.v_proj", "mlp.up_proj", "mlp.down_proj")
@@ -327,6 +327,14 @@ def test_the_folded_weights_are_the_formulas(method):
     assert changed == {*layers(LOW_RANK if method in ("lora", "dora") else ALL)}
 
 
+@pytest.mark.parametrize(("alpha", "scale"), [(None, 1), (4, 1), (8, 2)])
+def test_the_update_is_scaled_by_alpha_over_the_rank_of_4(alpha, scale):
+    model = llama()
+    methods.adapt(model, "san+dora", loop.changed(OPTIONS, alpha=alpha))
+    updated = [m for m in model.modules() if isinstance(m, methods.LoRALayer)]
+    assert len(updated) == 10 and {layer.scale for layer in updated} == {scale}
+
+
 @pytest.mark.parametrize("method", ADDING)
 def test_bfloat16_weights_are_tuned_in_float32_and_fold_into_bfloat16(method):
     base, model, tokens = llama(torch.bfloat16), adapted(method, torch.bfloat16), random_tokens()
@@ -606,7 +614,7 @@ import models
 from lab import methods
 
 options = argparse.Namespace(
-    wiring="san", mode="both", shift=False, rank=4, norms=True, gamma_std=0.0
+    wiring="san", mode="both", shift=False, rank=4, alpha=None, norms=True, gamma_std=0.0
 )
 models.initialise = lambda *_, **__: None  # torch's own values do, and come sooner
 

@@ -102,7 +102,9 @@ def test_likelihoods_are_the_naive_ones_of_an_adapted_model(method, tokenizer):
     methods.adapt(
         model,
         method,
-        argparse.Namespace(wiring="san", mode="both", shift=0, rank=2, norms=True, gamma_std=0.0),
+        argparse.Namespace(
+            wiring="san", mode="both", shift=0, rank=2, alpha=None, norms=True, gamma_std=0.0
+        ),
     )
     with torch.no_grad():
         for parameter in model.parameters():

@@ -17,10 +17,10 @@ from running import command_of, metrics, stop_after, without_times
 import models
 import san
 import train_lm
-from lab import llama, loop, methods, microworld, questions, scoring, tables
+from lab import llama, loop, methods, microworld, paired, questions, scoring, tables
 
 ROOT = Path(__file__).parent.parent
-each_method = pytest.mark.parametrize("method", train_lm.LEARNING_RATES)
+each_method = pytest.mark.parametrize("method", train_lm.METHODS)
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -153,7 +153,7 @@ def test_the_adapter_on_a_fresh_base_is_the_merged_model(method, flags, model, t
         san.load_adapter(fresh, adapter)
     else:
         options = argparse.Namespace(
-            wiring="san", mode="both", shift=False, rank=8, norms=True, gamma_std=0.0
+            wiring="san", mode="both", shift=False, rank=8, alpha=None, norms=True, gamma_std=0.0
         )
         methods.adapt(fresh, method, options)
         trained, own = san.read(adapter)["trained"], dict(fresh.named_parameters())
@@ -412,7 +412,7 @@ def test_compare_goes_on_where_it_was_stopped_and_writes_one_row_a_method(
         assert command(*words) == 130
     stopped = capsys.readouterr()
     assert "every finished run is kept" in stopped.err
-    assert "about 32 runs of 1 epochs, 0 minutes at" in stopped.out
+    assert "about 48 runs of 1 epochs, 0 minutes at" in stopped.out
     assert "s per step of" in stopped.out
     monkeypatch.setattr(
         tables,
@@ -438,6 +438,54 @@ def test_compare_goes_on_where_it_was_stopped_and_writes_one_row_a_method(
     assert command(*words) == 0
     assert tables.read_results(tmp_path / "results.jsonl") == lines
     assert (tmp_path / "table.md").read_text() == table
+
+
+def test_the_rows_of_a_comparison_have_grids_of_equal_length_in_half_decades():
+    assert len({*map(len, train_lm.LEARNING_RATES.values())}) == 1
+    for row, grid in train_lm.LEARNING_RATES.items():
+        upwards = [tables.beyond({low: 0.1, high: 0.2}) for low, high in zip(grid, grid[1:])]
+        assert upwards[:-1] == [*grid[2:]], row
+        assert train_lm.settings_of(row, train_lm.arguments([])).method in train_lm.METHODS
+    assert train_lm.DEFAULT_RATES.keys() == {*train_lm.METHODS}
+
+
+def test_commands_with_some_methods_each_write_to_one_file_and_any_makes_its_tables(
+    flags, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(tables, "WIDEN", 0)
+    words = [*flags, "--epochs", 1, "--shots", 5, "--test-shots", 6, "--seeds", 2, "--lr", 0.01]
+    words += ["--compare", "--out", tmp_path, "--methods"]
+    trained, adapt = [], methods.adapt
+    monkeypatch.setattr(
+        methods, "adapt", lambda m, name, own: trained.append((name, own)) or adapt(m, name, own)
+    )
+    assert command(*words, "san") == command(*words, "lora, r=32", "norm") == 0
+    wide = next(own for name, own in trained if name == "lora")
+    assert (wide.rank, wide.alpha) == (32, 64)
+    count = len(trained)
+    capsys.readouterr()
+    assert command(*words, "lora, r=32", "norm", "san") == 0 and len(trained) == count
+    assert command("--table", tmp_path / "results.jsonl") == 0
+    made, again = capsys.readouterr().out.split("saved ")
+    short, _, by_length, long, beside_san, _ = made.strip().split("\n\n")[-6:]
+    assert {*short.splitlines(), *by_length.splitlines()} <= {*again.splitlines()}
+    lines = tables.read_results(tmp_path / "results.jsonl")
+    assert [line["method"] for line in lines] == [*["san"] * 3, *["lora, r=32"] * 3, *["norm"] * 3]
+    lora, san_ = ([r for r in lines[i : i + 3] if r["part"] == "test"] for i in (3, 0))
+    for entry, text in (("parts", short), ("parts_norm", by_length)):
+        assert "| trained | boolq | social_i_qa | mean |" in text
+        shares = [[run[entry][task] for run in lora] for task in ("boolq", "social_i_qa")]
+        cells = [tables.spread(own) for own in shares]
+        cells.append(f"{100 * sum(map(sum, shares)) / 4:.1f}")
+        assert " | ".join(["| tiny | lora, r=32 | 19.99 %", *cells]) in text
+    for task in ("boolq", "social_i_qa"):
+        hits = [[paired.unpack(run["parts_right"][task]) for run in own] for own in (lora, san_)]
+        hits = torch.stack([torch.stack(own) for own in hits]).double()
+        assert hits[0].mean(1).tolist() == pytest.approx([run["parts"][task] for run in lora])
+        row = next(r for r in long.splitlines() if r.startswith(f"| tiny | {task} | lora, r=32 |"))
+        assert f"| 6, ± {tables.binomial(hits[0].mean().item(), 6)} |" in row
+        assert f"| {100 * (hits[0] - hits[1]).mean().item():+.1f} [" in row
+    assert "| tiny | lora, r=32 | 2 |" in beside_san and "| tiny | san | 2 |" in beside_san
 
 
 # ------------------------------------------------------------------------ a checkpoint of others
@@ -738,6 +786,11 @@ def test_weights_of_another_size_are_refused(changes, message, flags, weights, t
         (["--shots", "21"], 2, "boolq has 20 training questions"),
         (["--lr", "nan"], 2, "--lr must be"),
         (["--rank", "0"], 2, "above 0"),
+        (["--alpha", "0"], 2, "--alpha must be a number above 0"),
+        (["--methods", "san"], 2, "names those of --compare"),
+        (["--compare", "--methods", "magic"], 2, "'lora, r=32'"),
+        (["--compare", "--dtype", "bfloat16"], 2, "give --dtype float32"),
+        (["--table", "nowhere"], 1, "there is no file nowhere"),
         (["--resume"], 2, "no checkpoint"),
         (["--compare", "--resume"], 2, "goes on by itself"),
         (["--evaluate", "nowhere"], 1, "no finished run"),
@@ -795,6 +848,15 @@ def test_files_of_questions_that_cannot_be_used_are_refused(
 
 
 FORM = "\n\nAnswer format: true/false"
+
+
+def test_a_run_from_before_a_flag_is_scored_again_as_it_was_made(finished, tmp_path, capsys):
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    config = json.loads((run / "config.json").read_text())
+    old = {k: v for k, v in config.items() if k not in ("methods", "table", "alpha", "accumulate")}
+    (run / "config.json").write_text(json.dumps(old))
+    assert len(old) == len(config) - 4 and command("--evaluate", run, "--device", "cpu") == 0
+    assert f"{100 * metrics(finished)[-1]['test_merged']:.2f} %" in capsys.readouterr().out
 
 
 def change_first(path: Path, **entries) -> None:
