@@ -3,6 +3,7 @@
     python -m lab.bench                          # a ViT, a ConvNeXt and a LLaMA, a table of each
     python -m lab.bench --compile --methods san  # with torch.compile beside; full and limit as well
     python -m lab.bench --full-size              # ViT-B/16 at 224 px: images/s, FLOP/s, memory
+    python -m lab.bench --memory                 # what a step of LLaMA-7B and 8B would need
 
 Speed is a ratio here, since machines differ and drift: every round times one step of each method
 in turn, and what is printed is the median over rounds of the ratio within a round. The merged
@@ -23,13 +24,16 @@ size.
 import argparse
 import copy
 import importlib.util
+import multiprocessing
 import statistics
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import models
@@ -299,6 +303,141 @@ def product_rate(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * side**3 / min(seconds(lambda: a @ a, device) for _ in range(5))
 
 
+# ------------------------------------------------------------------- the memory of a LLaMA's step
+
+SMOLLM2 = "SmolLM2-135M"  # small enough to be measured beside
+LLAMAS = {  # LLaMA's arguments, as the models' config.json say
+    SMOLLM2: dict(
+        vocab=49152, dim=576, depth=30, heads=9, kv_heads=3, hidden=1536, context=8192, tied=True
+    ),
+    "LLaMA-7B": dict(
+        vocab=32000, dim=4096, depth=32, heads=32, kv_heads=32, hidden=11008, context=2048
+    ),
+    "LLaMA-3-8B": dict(
+        vocab=128256, dim=4096, depth=32, heads=32, kv_heads=8, hidden=14336, context=8192
+    ),
+}
+ANSWER = 16  # tokens at a text's end that are learned; the head reads them alone
+
+
+def memory(args: argparse.Namespace, device: torch.device) -> None:
+    """Print a Markdown table: the memory that a training step of LLaMAs needs, in 10⁹ bytes.
+
+    What is trained is float32, and so is all of SmolLM2; other frozen weights are bfloat16. LoRA
+    has rank 32. measured: in two steps by a process of its own, since none gives all of it back.
+    """
+    options = argparse.Namespace(**OPTIONS, shift=False, rank=32, amp=args.amp)
+    print(f"batch {args.batch_size}, {args.length} tokens each, the last {ANSWER} learned\n")
+    rows = []
+    for name, config in LLAMAS.items():
+        for method in ("san", "lora", "full"):
+            wide = name == SMOLLM2 or method == "full"
+            dtype = torch.float32 if wide else torch.bfloat16
+            tokens = torch.randint(config["vocab"], (args.batch_size, args.length))
+            parts = needs(config, method, dtype, tokens, options)
+            again = parts.pop("activations, --recompute")
+            least = sum(parts.values()) - parts["activations"] + again
+            row = {"model": name, "method": method, "frozen weights": str(dtype).split(".")[1]}
+            row |= {part: f"{size / 1e9:.2f}" for part, size in parts.items()}
+            row |= {"sum": f"{sum(parts.values()) / 1e9:.2f}", "--recompute": f"{least / 1e9:.2f}"}
+            if name == SMOLLM2:
+                with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+                    task = process.submit(measured, config, method, tokens, options, str(device))
+                    row["measured"] = f"{task.result():.2f}"
+            rows.append(row)
+    print(tables.markdown(rows))
+
+
+def needs(
+    config: dict, method: str, dtype: torch.dtype, tokens: Tensor, options: argparse.Namespace
+) -> dict[str, int]:
+    """Bytes of a training step, part by part, by arithmetic: no weight is allocated.
+
+    weights, with what the method adds; gradients, as many as are trained; optimiser: AdamW's two
+    moments of each; activations: what autograd keeps, asked of a model two and three blocks deep,
+    of which the last block is what every further one adds. With --recompute blocks keep their
+    inputs, and one of them all.
+    """
+
+    def at_depth(depth: int) -> tuple[int, int, int]:
+        """Bytes of the weights, of those that are trained, and of what autograd keeps."""
+        model = unallocated(config | {"depth": depth}, dtype)
+        methods.adapt(model, method, options)
+        sizes = [(p.numel() * p.element_size(), p.requires_grad) for p in model.parameters()]
+        whole, trained = sum(n for n, _ in sizes), sum(n for n, trains in sizes if trains)
+        with FakeTensorMode(allow_non_fake_inputs=True):  # shapes alone are computed
+            return whole, trained, kept(model, tokens, options.amp)
+
+    two, three = at_depth(2), at_depth(3)
+    block = [more - less for less, more in zip(two, three)]
+    weights, trained, activations = (
+        own + (config["depth"] - 2) * each for own, each in zip(two, block)
+    )
+    inputs = tokens.numel() * config["dim"] * dtype.itemsize
+    return {
+        "weights": weights,
+        "gradients": trained,
+        "optimiser": 2 * trained,
+        "activations": activations,
+        "activations, --recompute": activations
+        - (config["depth"] - 1) * block[2]
+        + config["depth"] * inputs,
+    }
+
+
+def unallocated(config: dict, dtype: torch.dtype) -> models.LLaMA:
+    """A LLaMA whose every weight is one zero, seen at all its places: shapes without memory."""
+    with torch.device("meta"):
+        model = models.LLaMA(**config)
+    for module in model.modules():
+        own = torch.float32 if isinstance(module, models.RMSNorm) else dtype
+        for name, parameter in module.named_parameters(recurse=False):
+            value = torch.zeros((), dtype=own).expand(parameter.shape)
+            setattr(module, name, nn.Parameter(value))
+    if model.config["tied"]:
+        model.head.weight = model.embed.weight
+    return model
+
+
+def answer_loss(model: models.LLaMA, tokens: Tensor, amp: bool) -> Tensor:
+    """The loss of the last ANSWER tokens, whatever is to follow them."""
+    with torch.autocast(tokens.device.type, torch.bfloat16, enabled=amp):
+        logits = model.head(model.features(tokens)[:, -ANSWER:])
+        return F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, -ANSWER:].flatten())
+
+
+def kept(model: models.LLaMA, tokens: Tensor, amp: bool) -> int:
+    """Bytes that autograd keeps of a forward pass for the backward pass, the weights left out."""
+    own = [tensor for p in model.parameters() for tensor in (p, p.detach())]  # in fake mode two
+    weights, found = {tensor.untyped_storage()._cdata for tensor in own}, {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        found[storage._cdata] = storage  # held, so that no other one gets its number
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        answer_loss(model, tokens, amp)
+    return sum(storage.nbytes() for number, storage in found.items() if number not in weights)
+
+
+def measured(
+    config: dict, method: str, tokens: Tensor, options: argparse.Namespace, device: str
+) -> float:
+    """By how many 10⁹ bytes memory grew at most while a model took two steps; random weights."""
+    before = loop.peak_memory(torch.device(device), start=True)
+    with torch.device(device):
+        model = models.LLaMA(**config)
+    methods.adapt(model, method, options)
+    loop.peak_memory(torch.device(device), start=True)
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), fused=True)
+    for _ in range(2):  # at the first, AdamW has no moments yet
+        optimizer.zero_grad()
+        answer_loss(model, tokens.to(device), options.amp).backward()
+        optimizer.step()
+    return (loop.peak_memory(torch.device(device)) - before) / 1e3
+
+
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = p.add_argument
@@ -310,6 +449,8 @@ def main() -> None:
     add("--batch-size", type=loop.positive, default=4)
     add("--rounds", type=loop.positive, default=7)
     add("--steps", type=loop.positive, default=50, help="of --full-size, a round")
+    add("--memory", action="store_true", help="of a LLaMA's step, in place of --model")
+    add("--length", type=loop.positive, default=256, help="tokens, of --memory")
     add("--device", default="auto")
     add("--amp", action="store_true", help="bfloat16 autocast")
     args = p.parse_args()
@@ -317,8 +458,8 @@ def main() -> None:
         device = loop.pick_device(args.device)
     except ValueError as error:
         p.error(str(error))
-    if args.full_size:
-        return full_size(args, device)
+    if args.full_size or args.memory:
+        return (full_size if args.full_size else memory)(args, device)
     if not importlib.util.find_spec("peft"):
         args.methods = [method for method in args.methods if method not in PEFT]
         print("PEFT's LoRA and IA³ are left out; to have them: pip install peft\n")

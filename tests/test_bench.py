@@ -232,3 +232,59 @@ def test_dora_and_pefts_methods_train_linear_layers_and_a_new_head(name, method)
         bench.stepper(model, model, read, labels, amp=False)()
     after = [p for p in model.parameters() if p.requires_grad]
     assert not any(torch.equal(*pair) for pair in zip(before, after, strict=True))
+
+
+# --------------------------------------------------------------------- the memory of a LLaMA's step
+
+SMALL = dict(vocab=50, dim=16, depth=5, heads=4, kv_heads=2, hidden=24, context=64)
+AS_TRAINED = argparse.Namespace(**bench.OPTIONS, shift=False, rank=4, amp=False)
+
+
+@pytest.mark.parametrize("method", ["san", "lora", "full"])
+def test_what_a_step_needs_by_arithmetic_is_what_a_model_with_weights_keeps(method):
+    tokens = torch.randint(50, (2, 24))
+
+    def whole(depth: int) -> tuple[models.LLaMA, int]:
+        model = models.LLaMA(**SMALL | {"depth": depth})
+        methods.adapt(model, method, AS_TRAINED)
+        return model, bench.kept(model, tokens, amp=False)
+
+    parts = bench.needs(SMALL, method, torch.float32, tokens, AS_TRAINED)
+    (model, activations), (_, less) = whole(5), whole(4)
+    trained, count = methods.count(model)
+    assert parts["weights"] == 4 * count
+    assert parts["gradients"] == 4 * trained and parts["optimiser"] == 8 * trained
+    assert parts["activations"] == pytest.approx(activations, rel=0.02)
+    # one block whole, and what each reads: 2·24 vectors of 16
+    again = activations - 4 * (activations - less) + 5 * 2 * 24 * 16 * 4
+    assert parts["activations, --recompute"] == pytest.approx(again, rel=0.05)
+
+
+def test_frozen_weights_in_bfloat16_take_half_and_none_is_allocated():
+    tokens, norms = torch.randint(50, (2, 24)), 11 * 16
+    parts = bench.needs(SMALL, "san", torch.bfloat16, tokens, AS_TRAINED)
+    frozen = methods.count(models.LLaMA(**SMALL))[1] - norms
+    assert parts["weights"] == 2 * frozen + parts["gradients"]
+    model = bench.unallocated(bench.LLAMAS["LLaMA-7B"], torch.bfloat16)
+    assert methods.count(model)[1] == 6_738_415_616  # as its authors say, 6.7 billion
+    assert all(p.untyped_storage().nbytes() <= 4 for p in model.parameters())
+
+
+def test_memory_prints_a_row_for_every_model_and_method_and_measures_the_smallest(
+    monkeypatch, capsys
+):
+    monkeypatch.setattr(bench, "LLAMAS", {bench.SMOLLM2: SMALL | {"tied": True}, "other": SMALL})
+    assert command("--memory", "--batch-size", 2, "--length", 24, "--device", "cpu") == 0
+    printed = capsys.readouterr().out
+    assert "batch 2, 24 tokens each, the last 16 learned" in printed
+    lines = [line for line in printed.splitlines() if line.startswith("| ")]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    head, _, *rows = rows
+    assert head == [
+        *("model", "method", "frozen weights", "weights", "gradients", "optimiser", "activations"),
+        *("sum", "--recompute", "measured"),
+    ]
+    names = [(bench.SMOLLM2, m) for m in ("san", "lora", "full")]
+    assert [tuple(row[:2]) for row in rows] == names + [("other", m) for _, m in names]
+    assert [row[2] for row in rows] == ["float32"] * 3 + ["bfloat16", "bfloat16", "float32"]
+    assert all(float(row[-1]) >= 0 for row in rows[:3]) and not any(row[-1] for row in rows[3:])
