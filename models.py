@@ -607,6 +607,8 @@ class LLaMA(nn.Module):
             rope_base=rope_base,
             rope_scaling=rope_scaling,
         )
+        if not 0 < depth <= 1000:
+            raise ValueError(f"no LLaMA has {depth} blocks")
         if head_dim is None and dim % heads:
             raise ValueError(f"{dim} channels do not divide into {heads} heads")
         if heads % kv_heads:

@@ -25,6 +25,7 @@ import difflib
 import os
 import pickle
 import warnings
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
@@ -868,7 +869,8 @@ def write(content: Any, path: str | os.PathLike, save: Callable | None = None) -
         if temporary.exists():
             temporary.unlink()
         if isinstance(error, (OSError, RuntimeError)):  # a full disk is a RuntimeError to torch
-            raise OSError(f"could not write {path}: {str(error).splitlines()[0]}") from error
+            told = error.__context__ if isinstance(error.__context__, OSError) else error
+            raise OSError(f"could not write {path}: {str(told).splitlines()[0]}") from error
         raise
 
 
@@ -883,11 +885,15 @@ def read(path: str | os.PathLike) -> Any:
     Raises FileNotFoundError if it is missing, OSError if it is broken or holds anything else.
     """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with open(path, "rb") as file:
+            if zipfile.is_zipfile(file) and zipfile.ZipFile(file).testzip():
+                raise zipfile.BadZipFile  # torch would take its changed bytes for numbers
+            file.seek(0)
+            return torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"there is no file {path}") from error
-    except OSError as error:
-        raise OSError(f"could not read {path}: {error.strerror or error}") from error
+    except (PermissionError, IsADirectoryError) as error:
+        raise OSError(f"could not read {path}: {error.strerror}") from error
     except pickle.UnpicklingError as error:
         raise OSError(f"{path} is refused: it is no file of tensors and plain values") from error
     except Exception as error:  # torch's unpickler raises almost anything on broken bytes
@@ -922,7 +928,20 @@ def save_adapter(model: nn.Module, path: str | os.PathLike) -> None:
     write(content, path)
 
 
-_FORMAT = 2  # of adapter files
+def is_dense(value: Any) -> bool:
+    """Whether it is a tensor of real numbers, each of which has its own place in memory."""
+    plain = isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta
+    return plain and not (value.is_complex() or value.is_quantized)
+
+
+_FORMAT = 2  # of adapter files, and what they hold
+_HOLDS = {
+    "links": (list, lambda link: isinstance(link, tuple) and len(link) == 3),
+    "settings": (dict, lambda value: isinstance(value, bool)),
+    "values": (dict, is_dense),
+    "frozen": (dict, lambda shape: isinstance(shape, list)),
+    "samples": (dict, is_dense),
+}
 
 
 def _sample(weight: Tensor) -> Tensor:
@@ -963,31 +982,43 @@ def load_adapter(model: nn.Module, path: str | os.PathLike) -> None:
     was, if the file belongs to another base model (naming what differs first), has values that are
     not finite or is no adapter; OSError if it is unreadable.
     """
-    content = read(path)
-    if not isinstance(content, dict) or content.get("san") != _FORMAT:
-        raise ValueError(f"{path} is not an adapter that this san.py wrote")
+    content = read_adapter(path)
     model = _unwrapped(model, ddp=False)
     if hasattr(model, "_san"):
         raise ValueError("this model has SAN layers already; load onto a fresh base model")
+    links, values, own = content["links"], content["values"], _tensors(model, saved=True)
     try:
-        frozen, values = dict(content["frozen"]), dict(content["values"])
-        links = [Link(*link) for link in content["links"]]
-        settings = dict(content["settings"])
-        own = _tensors(model, saved=True)
-        added = {f"{link.layer}.{name}" for link in links for name in ("gamma", "beta")}
-        _check_base(path, frozen, {k: v for k, v in values.items() if k not in added}, model)
-        _check_samples(path, content["samples"], own)
-        for key, value in values.items():
-            _require_finite(f"{path} is broken: '{key}'", value)
-        trained = [k for k in values if k not in added and isinstance(own[k], nn.Parameter)]
-        attach(model, links, **settings, trainable=trained)
-    except (AttributeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is a broken adapter: {error!r}") from error
-    shapes = _shapes({k: v for k, v in _tensors(model).items() if k in added})
-    if shapes != _shapes({k: v for k, v in values.items() if k in added}):
-        detach(model)
-        raise ValueError(f"{path} is a broken adapter: its values do not fit its own links")
-    _put(model, values)
+        added = {f"{layer}.{name}" for layer, *_ in links for name in ("gamma", "beta")}
+        of_base = {key: value for key, value in values.items() if key not in added}
+        _check_base(path, content["frozen"], of_base, model)
+        _check_samples(path, content["samples"], links, own)
+        trained = [key for key in of_base if isinstance(own[key], nn.Parameter)]
+        attach(model, links, **content["settings"], trainable=trained)
+        here = {k: v for k, v in _tensors(model).items() if k in added}
+        if _shapes(here) != _shapes({k: v for k, v in values.items() if k in added}):
+            raise ValueError(f"{path} is a broken adapter: its values do not fit its own links")
+        _put(model, values)
+    except Exception as error:  # torch's own are no closed list
+        if hasattr(model, "_san"):
+            detach(model)
+        if isinstance(error, ValueError) and str(path) in str(error):
+            raise
+        raise ValueError(f"{path} is a broken adapter: {str(error) or error!r}") from error
+
+
+def read_adapter(path: str | os.PathLike) -> dict[str, Any]:
+    """What `save_adapter` wrote, by the names of _HOLDS. Raises as `load_adapter`."""
+    content = read(path)
+    if not isinstance(content, dict) or repr(content.get("san")) != repr(_FORMAT):
+        raise ValueError(f"{path} is not an adapter that this san.py wrote")
+    for name, (kind, fits) in _HOLDS.items():
+        entry = content.get(name)
+        values = entry.values() if isinstance(entry, dict) else entry
+        if not (isinstance(entry, kind) and all(map(fits, values))):
+            raise ValueError(f"{path} is a broken adapter: its {name} are not what they must be")
+    for key, value in content["values"].items():
+        _require_finite(f"{path} is broken: '{key}'", value)
+    return content
 
 
 def _check_base(path: Any, frozen: dict, values: dict, model: nn.Module) -> None:
@@ -1013,10 +1044,10 @@ def _check_base(path: Any, frozen: dict, values: dict, model: nn.Module) -> None
         raise ValueError(f"{path} was trained on another base model: {'; '.join(differ[:3])}")
 
 
-def _check_samples(path: Any, samples: dict, own: dict[str, Tensor]) -> None:
+def _check_samples(path: Any, samples: dict, links: list[Link], own: dict[str, Tensor]) -> None:
     """Raise ValueError if a linked weight has other values, whatever either was rounded to."""
-    for name, there in samples.items():
-        here = _sample(own[f"{name}.weight"])
+    for name, *_ in links:
+        there, here = samples[name], _sample(own[f"{name}.weight"])
         if not torch.allclose(here, there, rtol=0, atol=0.1 * there.abs().max().item()):
             raise ValueError(
                 f"{path} was trained on other weights of this architecture: {name}.weight is "

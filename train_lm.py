@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import models
 import san
-from lab import llama, loop, methods, microworld, paired, questions, tables
+from lab import llama, loop, methods, microworld, paired, questions, saved, tables
 from lab.questions import (
     IGNORE,
     LlamaTokenizer,
@@ -55,6 +55,7 @@ ROWS = {"lora, r=32": {"method": "lora", "rank": 32, "alpha": 64.0}}
 METHODS = [row for row in LEARNING_RATES if row not in ROWS]
 # [us] a single run's; where microworld's validation has chosen, it chose the largest of these
 DEFAULT_RATES = {method: max(LEARNING_RATES[method]) for method in METHODS}
+HELD = ("state_dict", "numbers", "tokenizer")  # by the file of a saved model
 DOCUMENTS = 60_000  # of microworld's corpus: one epoch of pre-training
 WINDOW = 128  # tokens of the corpus read at once
 
@@ -91,6 +92,7 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     )
     loop.add_flags(p, METHODS, LEARNING_RATES, epochs=5, batch=32)
     args = p.parse_args(words)
+    given = loop.given(p, args)
     loop.check_flags(p, args, args.compare)
     if args.methods and not args.compare:
         p.error("--methods names those of --compare; a run has one --method")
@@ -113,6 +115,8 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     if args.dtype != "float32" and {"linear", "full"} & {*trained}:
         p.error("linear and full train the weights themselves; give --dtype float32")
     args.wiring, args.shift = "san", False  # a LLaMA has one wiring, and no bias to shift
+    if not (args.compare or args.evaluate):
+        args.out = args.out or loop.default_out(*names_of(args), args, given)
     return args
 
 
@@ -134,41 +138,51 @@ def load_model(args: argparse.Namespace) -> tuple[models.LLaMA, Tokenizer | Llam
         model, tokenizer = llama.load_llama(path, dtype), LlamaTokenizer(path)
     else:
         content = san.read(path)
-        content = content if isinstance(content, dict) else {}
         try:
-            tokenizer = tokenizer_of(content["tokenizer"])
-            model = restore(content["numbers"], content["state_dict"])
-        except (KeyError, IndexError, TypeError, ValueError) as error:
+            saved.require(content, {name: saved.MODEL[name] for name in HELD})
+            model, tokenizer = restored(*(content[name] for name in HELD))
+        except ValueError as error:
             raise ValueError(
-                f"--weights {path} holds no LLaMA of ours; give a model.pt of a run, or a folder "
-                "with config.json, model.safetensors and tokenizer.json"
+                f"--weights {path} holds no LLaMA of ours ({error}); give a model.pt of a run, or "
+                "a folder with config.json, model.safetensors and tokenizer.json"
             ) from error
-    if len(tokenizer) > model.config["vocab"]:
-        raise ValueError(
-            f"--weights {path}: the tokenizer has {len(tokenizer)} tokens, the model only "
-            f"{model.config['vocab']}; they do not belong together"
-        )
+    try:
+        require_together(model, tokenizer)
+    except ValueError as error:
+        raise ValueError(f"--weights {path}: {error}") from error
     for name, parameter in model.named_parameters():  # norms are trained: as precise as γ
         parameter.data = parameter.data.to(torch.float32 if "norm" in name else dtype)
     return model.to(args.device), tokenizer
 
 
-def restore(config: dict, state: dict[str, Tensor]) -> models.LLaMA:
-    """A saved model, its weights of the type they were saved in. Raises ValueError."""
+def restored(
+    state: dict[str, Tensor], numbers: dict, pieces: list[str] | str
+) -> tuple[models.LLaMA, Tokenizer | LlamaTokenizer]:
+    """A saved model, its weights of the type they were saved in, and its tokenizer.
+
+    pieces: those of our tokenizer, or the address of a checkpoint's. Raises ValueError, and OSError
+    if that is missing.
+    """
+    saved.require(numbers, saved.NUMBERS)
     try:
         with torch.device("meta"):  # names and shapes, no memory
-            model = models.LLaMA(**config)
+            model = models.LLaMA(**numbers)
         model.load_state_dict(state, assign=True)
-    except (AttributeError, TypeError, RuntimeError) as error:
-        raise ValueError(f"it is broken: {str(error).splitlines()[0]}") from error
-    if config["tied"]:
+    except Exception as error:  # a scaling of positions may hold anything
+        raise ValueError(f"it is broken: {' '.join(str(error).split())[:200]}") from error
+    if numbers["tied"]:
         model.head.weight = model.embed.weight
-    return model
+    own = LlamaTokenizer(Path(pieces)) if isinstance(pieces, str) else Tokenizer(pieces)
+    return model, own
 
 
-def tokenizer_of(saved: list[str] | str) -> Tokenizer | LlamaTokenizer:
-    """A saved model's tokenizer: the pieces of ours, or the folder of a checkpoint's."""
-    return LlamaTokenizer(Path(saved)) if isinstance(saved, str) else Tokenizer(saved)
+def require_together(model: models.LLaMA, tokenizer: Tokenizer | LlamaTokenizer) -> None:
+    """Raise ValueError if the tokenizer has numbers that the model has no row for."""
+    if len(tokenizer) > model.config["vocab"]:
+        raise ValueError(
+            f"the tokenizer has {len(tokenizer)} tokens, the model only "
+            f"{model.config['vocab']}; they do not belong together"
+        )
 
 
 def names_of(args: argparse.Namespace) -> tuple[str, str]:
@@ -329,32 +343,34 @@ def run(args: argparse.Namespace) -> None:
     """One method on all tasks together: load, attach, train, score, merge, save."""
     args.lr = args.lr or DEFAULT_RATES[args.method]
     task, name = names_of(args)
-    args.out = args.out or f"runs/{task}-{name}-{args.method}-seed{args.seed}"
     model, tokenizer = load_model(args)
     job, asked = load_job(args, model, tokenizer)
     result = {"dataset": task, "model": name, "method": args.method, "seed": args.seed}
-    loop.begin(args, Path(args.out))
-    started = time.perf_counter()
-    before, shown = {}, []
-    if asked and args.weights != "none":  # what the base is worth as it is
-        before = job.test(model)[1]
-        shown = [own[0] for own in asked.test.values()][:4]
-        result["test_base"] = before["test"]
-    said = [speak(model, tokenizer, question) for question in shown]
-    history, figures = train(adapt(model, args), job, args, Path(args.out), args.method)
-    result |= figures | {"wall": time.perf_counter() - started}
-    content = {"numbers": model.config, "tokenizer": tokenizer.saved}
-    # save the adapter, score, merge, score again, save the merged model
-    loop.conclude(model, args, history, result, job.test, content)
-    llama.export(model, tokenizer, Path(args.out) / "merged")
-    if asked:
-        print_beside_guesses(asked, before, result, args.test_shots)
-    if shown:
-        print("in the model's own words:\n")
-        for question, before in zip(shown, said):
-            text = question.prompt.split("### Instruction:\n")[-1].split("\n\n### Response")[0]
-            print(f"{text}\n  before: {before}\n  after:  {speak(model, tokenizer, question)}")
-            print(f"  right:  {question.output.strip()}\n")
+    with loop.begin(args, Path(args.out)):
+        started = time.perf_counter()
+        before, shown = {}, []
+        if asked and args.weights != "none":  # what the base is worth as it is
+            before = job.test(model)[1]
+            shown = [own[0] for own in asked.test.values()][:4]
+            result["test_base"] = before["test"]
+        said = [speak(model, tokenizer, question) for question in shown]
+        history, figures = train(adapt(model, args), job, args, Path(args.out), args.method)
+        result |= figures | {"wall": time.perf_counter() - started}
+        content = {"numbers": model.config, "tokenizer": tokenizer.saved}
+
+        def export(merged: models.LLaMA) -> None:
+            llama.export(merged, tokenizer, Path(args.out) / "merged")
+
+        # save the adapter, score, merge, score again, save the merged model
+        loop.conclude(model, args, history, result, job.test, content, export)
+        if asked:
+            print_beside_guesses(asked, before, result, args.test_shots)
+        if shown:
+            print("in the model's own words:\n")
+            for question, before in zip(shown, said):
+                text = question.prompt.split("### Instruction:\n")[-1].split("\n\n### Response")[0]
+                print(f"{text}\n  before: {before}\n  after:  {speak(model, tokenizer, question)}")
+                print(f"  right:  {question.output.strip()}\n")
 
 
 def print_beside_guesses(
@@ -383,11 +399,13 @@ def print_beside_guesses(
 def evaluate_run(args: argparse.Namespace) -> None:
     """Score the merged (or fully trained) model of a saved run on its test questions."""
     own = ["device", *(name for name in ("score", "ask") if getattr(args, name))]
-    saved, (state, config, tokenizer), path = loop.reopen(
-        args, own, ("state_dict", "numbers", "tokenizer")
-    )
-    model = restore(config, state).to(args.device)
-    job, _ = load_job(saved, model, tokenizer_of(tokenizer))
+    config, content, path = loop.reopen(args, own, HELD)
+    try:
+        model, tokenizer = restored(*content)
+        require_together(model, tokenizer)
+    except ValueError as error:
+        raise OSError(f"{path} holds no LLaMA of ours: {error}") from error
+    job, _ = load_job(config, model.to(args.device), tokenizer)
     figures = job.test(model)[1]
     norm = f", by length {100 * figures['test_norm']:.2f} %" if "test_norm" in figures else ""
     print(f"test accuracy of {path}  {100 * figures['test']:.2f} %{norm}")
@@ -402,7 +420,7 @@ def compare(args: argparse.Namespace) -> None:
     task, name = names_of(args)
     job, _ = load_job(args, *load_model(args))
     args.out = args.out or f"runs/compare-{task}-{name}"
-    journal, lines = tables.journal_of(args, Path(args.out)), []
+    lines: list[dict] = []
 
     def train_one(own: argparse.Namespace, note: str, last: bool) -> tuple[nn.Module, dict]:
         model = adapt(load_model(own)[0], own)
@@ -425,11 +443,12 @@ def compare(args: argparse.Namespace) -> None:
         )
         for row in rows
     ]
-    tables.announce(searches, args, journal, time_step)
-    for key, rates in searches:
-        own = settings_of(key["method"], args)
-        lines += tables.search(own, key, rates, train_one, job.test, journal)
-    tables.save_tables(lines, Path(args.out))
+    with tables.journal_of(args, Path(args.out)) as journal:
+        tables.announce(searches, args, journal, time_step)
+        for key, rates in searches:
+            own = settings_of(key["method"], args)
+            lines += tables.search(own, key, rates, train_one, job.test, journal)
+        tables.save_tables(lines, Path(args.out))
 
 
 def settings_of(row: str, args: argparse.Namespace) -> argparse.Namespace:

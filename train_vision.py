@@ -82,6 +82,7 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     add("--plot", nargs="+", metavar="RUN", help="pictures of runs and comparisons, into --out")
     loop.add_flags(p, METHODS, [*LEARNING_RATES, *variants.FLAGS], epochs=None, batch=32)
     args = p.parse_args(words)
+    given = loop.given(p, args)
     drawn = args.dataset == "sprites"
     args.protocol = args.protocol or ("vtab1k" if args.dataset == "vtab" else None)
     args.epochs = args.epochs or (100 if args.protocol else 20)  # 100: [P, S]
@@ -102,6 +103,8 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     loop.check_flags(p, args, tabulates(args))
     if args.workers is None:
         args.workers = 0 if drawn else min(8, torch.get_num_threads())
+    if not (tabulates(args) or args.evaluate or args.table or args.plot):
+        args.out = args.out or loop.default_out(set_name(args), args.model[0], args, given)
     return args
 
 
@@ -211,7 +214,6 @@ def run(args: argparse.Namespace) -> None:
     """One method on one data set: load, attach, train, score, merge, save."""
     name = args.model[0]
     args.lr = args.lr or DEFAULT_RATES[args.method]
-    args.out = args.out or f"runs/{set_name(args)}-{name}-{args.method}-seed{args.seed}"
     out = Path(args.out)
     data = pictures.load_named(args, size_of(name, args))
     base = load_model(args, name, data.factors)
@@ -222,18 +224,18 @@ def run(args: argparse.Namespace) -> None:
         f"{set_name(args)}: {len(data.train)} training, {len(data.val)} validation and "
         f"{len(data.test)} test pictures, {sum(data.factors)} classes"
     )
-    loop.begin(args, out)
-    started = time.perf_counter()
     result = {"dataset": set_name(args), "model": name, "method": args.method, "seed": args.seed}
-    if args.weights != "none" and args.method != "linear":  # what the base is worth as it is
-        probe(base, data, loop.changed(args, lr=DEFAULT_RATES["linear"]), "linear head")
-        result["test_linear"] = score(base, data.test, data.factors, args)
-    del base
-    history, figures = train(model, data, args, out, args.method)
-    result |= figures | {"wall": time.perf_counter() - started}
-    content = {"model": name, "factors": data.factors, "image_size": model.image_size}
-    # save the adapter, score, merge, score again, save the merged model
-    loop.conclude(model, args, history, result, lambda model: test(model, data, args), content)
+    with loop.begin(args, out):
+        started = time.perf_counter()
+        if args.weights != "none" and args.method != "linear":  # what the base is worth as it is
+            probe(base, data, loop.changed(args, lr=DEFAULT_RATES["linear"]), "linear head")
+            result["test_linear"] = score(base, data.test, data.factors, args)
+        del base
+        history, figures = train(model, data, args, out, args.method)
+        result |= figures | {"wall": time.perf_counter() - started}
+        content = {"model": name, "factors": data.factors, "image_size": model.image_size}
+        # save the adapter, score, merge, score again, save the merged model
+        loop.conclude(model, args, history, result, lambda model: test(model, data, args), content)
 
 
 def evaluate_run(args: argparse.Namespace) -> None:
@@ -243,10 +245,14 @@ def evaluate_run(args: argparse.Namespace) -> None:
     )
     name = saved.model[0]
     data = pictures.load_named(saved, size)
-    model = models.build(name, sum(factors), size)
-    if saved.method == "vpt":  # the one method whose merged model is not the base model's kind
-        methods.adapt(model, "vpt", saved)
-    checkpoints.load_backbone(model, state, head=True)
+    try:
+        checkpoints.require_head(state, sum(factors))  # before so large a model is made
+        model = models.build(name, sum(factors), size)
+        if saved.method == "vpt":  # the one method whose merged model is not the base model's kind
+            methods.adapt(model, "vpt", saved)
+        checkpoints.load_backbone(model, state, head=True)
+    except ValueError as error:
+        raise OSError(f"{path} is not of the run that config.json tells: {error}") from error
     model = loop.on_device(model, args.device)
     print(f"test accuracy of {path}  {100 * score(model, data.test, data.factors, saved):.2f} %")
 
@@ -274,27 +280,30 @@ def compare(args: argparse.Namespace) -> None:
         print(f"learning rates for {row}: {', '.join(f'{rate:g}' for rate in rates_of(row, args))}")
     kind = "ablation" if args.ablation else args.protocol or "compare"
     args.out = args.out or f"runs/{kind}-{set_name(args)}"
-    journal, lines = tables.journal_of(args, Path(args.out)), []
-    searches = [
-        (key_of(task, name, row), rates_of(row, args))
-        for name, own in rows_of.items()
-        for task in tasks
-        for row in own
-    ]
-    tables.announce(
-        searches, args, journal, lambda name: time_step(tasks, name, rows_of[name], args)
+    lines, searches = (
+        [],
+        [
+            (key_of(task, name, row), rates_of(row, args))
+            for name, own in rows_of.items()
+            for task in tasks
+            for row in own
+        ],
     )
-    for name in args.model:
-        for task in tasks:
-            if task.lacking:
-                continue
-            try:
-                lines += measure(task, name, rows_of[name], args, journal)
-            except (OSError, ValueError) as error:
-                if not task.lacking or all(task.lacking for task in tasks):
-                    raise
-                print(f"left out: {task.name}, {error}")
-    tables.save_tables(lines, Path(args.out))
+    with tables.journal_of(args, Path(args.out)) as journal:
+        tables.announce(
+            searches, args, journal, lambda name: time_step(tasks, name, rows_of[name], args)
+        )
+        for name in args.model:
+            for task in tasks:
+                if task.lacking:
+                    continue
+                try:
+                    lines += measure(task, name, rows_of[name], args, journal)
+                except (OSError, ValueError) as error:
+                    if not task.lacking or all(task.lacking for task in tasks):
+                        raise
+                    print(f"left out: {task.name}, {error}")
+        tables.save_tables(lines, Path(args.out))
 
 
 def measure(

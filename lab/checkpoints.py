@@ -565,7 +565,7 @@ def load_backbone(model: nn.Module, state: dict[str, Tensor], head: bool = False
     if "position" in state and "position" in own and state["position"].ndim == 3:
         position, tokens = state["position"], own["position"].shape[1]
         square = math.isqrt(position.shape[1] - 1) ** 2 == position.shape[1] - 1
-        if square and position.shape[1] != tokens:
+        if square and position.shape[1] != tokens and not head:
             state["position"] = resize_position(position, tokens)
     if not head:
         state = {key: value for key, value in state.items() if not key.startswith("head.")}
@@ -573,7 +573,10 @@ def load_backbone(model: nn.Module, state: dict[str, Tensor], head: bool = False
     wrong = [
         f"{key} ({describe(state.get(key))} in the file, {describe(own.get(key))} in the model)"
         for key in [*own, *(key for key in state if key not in own)]
-        if key not in state or key not in own or state[key].shape != own[key].shape
+        if key not in state
+        or key not in own
+        or state[key].shape != own[key].shape
+        or not (san.is_dense(state[key]) and state[key].is_floating_point())
     ]
     if wrong:
         raise ValueError(
@@ -581,6 +584,12 @@ def load_backbone(model: nn.Module, state: dict[str, Tensor], head: bool = False
             f"{f' and {len(wrong) - 3} more' if len(wrong) > 3 else ''}"
         )
     model.load_state_dict(state)
+
+
+def require_head(state: dict[str, Tensor], outputs: int) -> None:
+    """Raise ValueError if the head in a state dict in our names has another number of outputs."""
+    if len(weight := state.get("head.weight", ())) != outputs:
+        raise ValueError(f"its head has {len(weight)} outputs, not {outputs}")
 
 
 def require(package: str, what: str) -> None:

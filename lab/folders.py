@@ -38,14 +38,20 @@ class Files(Dataset):
             return to_rgb(image), label
 
 
+class Unreadable(OSError):
+    """A picture that cannot be read, in a sentence that names it."""
+
+
 @contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Whatever goes wrong with a file becomes one OSError sentence that names it."""
+def naming(path: Path | str) -> Iterator[None]:
+    """Whatever goes wrong with a picture becomes one Unreadable."""
     try:
         yield
+    except Unreadable:  # named already
+        raise
     except Exception as error:  # Pillow's plugins raise nearly all there is: struct.error, KeyError
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise OSError(f"{path} is not a picture that can be read: {reason}") from error
+        raise Unreadable(f"{path} is not a picture that can be read: {reason}") from error
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -155,6 +155,8 @@ class Packed(NamedTuple):
                 rows[i : i + ROWS] = torch.tensor(part)
         except NotImplementedError as error:
             raise ValueError(f"weights of type {self.kind.name} cannot be read") from error
+        except Exception as error:  # whatever numpy says to blocks of another shape
+            raise ValueError(f"a weight of type {self.kind.name} is broken ({error})") from error
         if self.heads is None:
             return value
         return value.unflatten(0, (self.heads, -1, 2)).transpose(1, 2).reshape(self.shape)

@@ -58,7 +58,7 @@ def read_json(path: Path) -> dict:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError as error:
         raise FileNotFoundError(f"there is no file {path}; give a complete model folder") from error
-    except ValueError as error:  # what is no JSON, and what is no text
+    except (ValueError, RecursionError) as error:  # what is no JSON, and what is no text
         raise OSError(f"{path} is broken: it is no JSON; fetch it again") from error
     if not isinstance(content, dict):
         raise OSError(f"{path} is broken: it holds no JSON object; fetch it again")
@@ -152,8 +152,8 @@ def without_weights(numbers: Callable[[], dict], described: Path) -> LLaMA:
             return LLaMA(**arguments)
     except KeyError as error:
         raise OSError(f"{described} has no entry {error}; fetch it again") from error
-    except (AttributeError, ValueError, TypeError) as error:  # a text where a number belongs
-        raise ValueError(f"{described}: {error}") from error
+    except Exception as error:  # a text where a number belongs, a size that torch refuses
+        raise ValueError(f"{described}: {' '.join(str(error).split())}") from error
 
 
 def fill(
@@ -192,15 +192,18 @@ def fill(
 
 def read_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
     """Every weight of a model folder by its name there. Raises OSError if a file is broken."""
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
     for path in weight_files(folder):
         try:
             with safe_open(path, framework="pt") as file:
                 for key in file.keys():
                     if "rotary_emb.inv_freq" not in key:  # of older files; no weight
-                        yield key, file.get_tensor(key)
-        except SafetensorError as error:
+                        value = file.get_tensor(key)
+                        if not value.is_floating_point():
+                            raise ValueError(f"{key} is of {value.dtype}, not of floats")
+                        yield key, value
+        except Exception as error:  # of whatever kind the package has
             raise OSError(f"{path} is broken ({error}); fetch it again") from error
 
 

@@ -11,10 +11,12 @@ import functools
 import json
 import math
 import os
+import re
 import shlex
 import shutil
 import sys
 import time
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -26,10 +28,11 @@ from tqdm import tqdm
 
 import models
 import san
-from lab import methods
+from lab import methods, saved
 
 FINISHED = ("merged.pt", "model.pt")  # one of them in its folder, and a run is finished
 BLOCKS = (models.ViTBlock, models.ConvNeXtBlock, models.SwinBlock, models.LLaMABlock)
+SMALLER = "try --accumulate 4, --recompute, or a smaller --batch-size"
 # what runs did before there were flags for it
 LATER = {"accumulate": 1, "recompute": False, "ask": "options", "test_shots": None, "alpha": None}
 LATER |= {"methods": None, "pretrain": False}
@@ -206,6 +209,26 @@ def settings(args: argparse.Namespace) -> dict:
     return {key: value for key, value in vars(args).items() if key not in free}
 
 
+def given(p: argparse.ArgumentParser, args: argparse.Namespace) -> dict[str, str]:
+    """The settings that were given otherwise than by default, as text; args: as they are parsed."""
+    own = {k: v for k, v in settings(args).items() if v != p.get_default(k)}
+    return {k: "+".join(map(str, v)) if isinstance(v, list) else str(v) for k, v in own.items()}
+
+
+def default_out(data: str, model: str, args: argparse.Namespace, given: dict[str, str]) -> str:
+    """runs/<data>-<model>-<method>-seed<k>, then every other setting that was given.
+
+    So that no run takes the folder of another. A long name ends in a checksum.
+    """
+    words = [data, model, args.method, f"seed{args.seed}"]
+    told = ("method", "seed", "task")  # a task is in the name of its data
+    words += [f"{k}={v}" for k, v in given.items() if k not in told and v not in (data, model)]
+    name = re.sub(r"[^\w.,+=-]+", "_", "-".join(words))
+    if len(name) > 150:
+        name = f"{name[:140]}-{zlib.crc32(name.encode()):08x}"
+    return f"runs/{name}"
+
+
 def require_checkpoint(out: Path) -> None:
     """Raise ValueError if the folder `out` holds nothing to resume from, or a finished run."""
     if any((out / name).is_file() for name in FINISHED):
@@ -225,9 +248,7 @@ def resume(
 
     Raises ValueError if it was made with other settings, OSError if it is broken.
     """
-    content = san.read(checkpoint)
-    if not isinstance(content, dict) or not {"settings", "model", "optimizer"} <= content.keys():
-        raise OSError(f"{checkpoint} is no checkpoint of a run; remove it and start again")
+    content = saved.checkpoint(checkpoint)
     old, new = LATER | content["settings"], settings(args)
     other = [key for key in new if old.get(key) != new[key]]
     if other:
@@ -236,11 +257,19 @@ def resume(
             f"{checkpoint} was made with {key} = {old.get(key)}, not {new[key]}; resume with the "
             "same settings"
         )
-    own = dict(model.named_parameters())
+    own, moments = methods.trained_state(model), content["optimizer"].get("state")
+    numbered = enumerate(p for group in optimizer.param_groups for p in group["params"])
+    adam = {i: {"step": torch.zeros(()), "exp_avg": p, "exp_avg_sq": p} for i, p in numbered}
+    here = {"model": own, "optimizer": adam} | ({"mean": mean.state_dict()} if mean else {})
+    there = {"model": content["model"], "optimizer": moments, "mean": content.get("mean")}
+    saved.require_alike(checkpoint, {key: there[key] for key in here}, here)
+    if len(content["history"]) > args.epochs:
+        raise OSError(f"{checkpoint} is broken: it has more epochs than the run; start again")
     with torch.no_grad():
         for name, value in content["model"].items():
             own[name].copy_(value)
-    optimizer.load_state_dict(content["optimizer"])
+    groups = optimizer.state_dict()["param_groups"]  # the flags say what is in them
+    optimizer.load_state_dict({"state": moments, "param_groups": groups})
     if mean:
         mean.load_state_dict(content["mean"])
     return content["history"]
@@ -267,13 +296,18 @@ def guard(work: Callable[[argparse.Namespace], None], args: argparse.Namespace) 
         elif args.evaluate or not checkpoint.is_file():
             kept = "nothing was finished yet, start again with the same command"
         else:
-            epoch = len(san.read(checkpoint)["history"])
-            again = shlex.join([*words, "--resume"])
-            kept = f"epoch {epoch} is kept in {checkpoint}; to go on: {again}"
+            again, epoch = shlex.join([*words, "--resume"]), "an epoch"
+            with contextlib.suppress(OSError):  # it may be broken
+                epoch = f"epoch {len(saved.checkpoint(checkpoint)['history'])}"
+            kept = f"{epoch} is kept in {checkpoint}; to go on: {again}"
         print(f"\nstopped; {kept}", file=sys.stderr)
         sys.exit(130)
-    except (ValueError, OSError, FloatingPointError, torch.OutOfMemoryError) as error:
+    except (ValueError, OSError, FloatingPointError, MemoryError, RuntimeError) as error:
         said = str(error)
+        if isinstance(error, (MemoryError, RuntimeError)):
+            if not (isinstance(error, MemoryError) or re.search("out of memory|allocate", said)):
+                raise
+            said = f"there is no memory left ({said.splitlines()[0].split('. ')[0]}); {SMALLER}"
         if "\nOriginal Traceback" in said:  # a loader's process passes on all that it would print
             said = said.strip().splitlines()[-1].split(": ", 1)[-1]
         print(f"{script}: {said}", file=sys.stderr)
@@ -302,13 +336,52 @@ def peak_memory(device: torch.device, start: bool = False) -> float:
 # --------------------------------------------------------------------------- one run, in this order
 
 
-def begin(args: argparse.Namespace, out: Path) -> None:
-    """Make the folder `out` ready: for --resume, or for a new run with its config.json.
+@contextlib.contextmanager
+def holding(path: Path, shared: bool = False, wait: bool = False) -> Iterator[None]:
+    """In it, no other run has the folder `path`, which is made; shared: none but comparisons do.
 
-    Raises ValueError if there is nothing to resume, or files in it that are not from a run.
+    The system's flock on the folder itself: it leaves no file behind, and ends with the process,
+    however that ends. Where there is none, as on Windows, that is said and nothing is held. path
+    may be a file; wait: until it is free. Raises OSError if another run has the folder, or if it
+    cannot be made.
+    """
+    with contextlib.ExitStack() as held:
+        try:
+            path.exists() or path.mkdir(parents=True, exist_ok=True)
+            opened = os.open(path, os.O_RDONLY)
+        except OSError as error:
+            raise OSError(f"could not write {path}: {error.strerror}") from error
+        held.callback(os.close, opened)
+        try:
+            import fcntl
+
+            kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+            fcntl.flock(opened, kind if wait else kind | fcntl.LOCK_NB)
+            held.callback(fcntl.flock, opened, fcntl.LOCK_UN)  # a loader's processes have it too
+        except BlockingIOError as error:
+            raise OSError(f"another run is writing into {path}; choose another --out") from error
+        except (ImportError, OSError) as error:
+            if not wait:
+                print(f"{path} cannot be locked ({error}): start no second run with it meanwhile")
+        yield
+
+
+@contextlib.contextmanager
+def begin(args: argparse.Namespace, out: Path) -> Iterator[None]:
+    """Make the folder `out` ready, for --resume or for a new run with its config.json; and hold it.
+
+    Raises ValueError if there is nothing to resume, or files in it that are not from a run; OSError
+    as `holding`.
     """
     if args.resume:
-        return require_checkpoint(out)
+        require_checkpoint(out)
+    with holding(out):
+        if not args.resume:
+            make_room(args, out)
+        yield
+
+
+def make_room(args: argparse.Namespace, out: Path) -> None:
     names = (*FINISHED, "adapter.pt", "merged", "metrics.jsonl", "checkpoint.pt")
     files = [out / name for name in names if (out / name).exists()]
     if files and not (out / "config.json").exists():
@@ -352,11 +425,12 @@ def conclude(
     result: dict,
     test: Callable[[nn.Module], tuple[Tensor, dict]],
     content: dict,
+    export: Callable[[nn.Module], None] = lambda merged: None,
 ) -> None:
     """Save what was trained, score_and_merge the model, save it merged, and report.
 
     result: the run's figures so far; test: as for score_and_merge; content: what a saved model
-    needs beside its state dict.
+    needs beside its state dict; export: what else is to be written of the merged model.
     """
     out = Path(args.out)
     if args.method in ("san", "ssf"):
@@ -367,13 +441,14 @@ def conclude(
         result["gamma"] = san.summary(model)["layers"]
     result |= score_and_merge(model, test)
     write_json_lines([*history, result], out / "metrics.jsonl")
-    saved = out / ("model.pt" if args.method == "full" else "merged.pt")
-    san.write(content | {"state_dict": model.state_dict()}, saved)  # the last: it says finished
+    export(model)
+    path = out / ("model.pt" if args.method == "full" else "merged.pt")
+    san.write(content | {"state_dict": model.state_dict()}, path)  # the last: it says finished
     (out / "checkpoint.pt").unlink(missing_ok=True)
-    report(result, saved)
+    report(result, path)
 
 
-def report(result: dict, saved: Path) -> None:
+def report(result: dict, path: Path) -> None:
     for key, what in (("test_linear", "base + linear head"), ("test_base", "base as it comes")):
         if key in result:
             print(f"test accuracy, {what:<20}{100 * result[key]:.2f} %")
@@ -397,7 +472,7 @@ def report(result: dict, saved: Path) -> None:
             f"depressed on average; from {low:.2f} to {high:.2f}"
         )
     print(
-        f"saved {saved} and, beside it, {', '.join(sorted(p.name for p in saved.parent.iterdir()))}"
+        f"saved {path} and, beside it, {', '.join(sorted(p.name for p in path.parent.iterdir()))}"
     )
 
 
@@ -410,14 +485,14 @@ def reopen(
     """
     folder = Path(args.evaluate)
     try:
-        config = LATER | json.loads((folder / "config.json").read_text())
+        config = LATER | saved.config(folder)
         if lacking := settings(args).keys() - config.keys():
-            raise KeyError(f"config.json lacks {', '.join(sorted(lacking))}")
-        saved = changed(args, **config | {key: getattr(args, key) for key in own})
-        path = folder / ("model.pt" if saved.method == "full" else "merged.pt")
-        content = san.read(path)
-        return saved, [content[key] for key in wanted], path
-    except (ValueError, TypeError, KeyError, AttributeError, FileNotFoundError) as error:
+            raise OSError(f"config.json lacks {', '.join(sorted(lacking))}")
+        config = changed(args, **config | {key: getattr(args, key) for key in own})
+        path = folder / ("model.pt" if config.method == "full" else "merged.pt")
+        content = saved.model(path, wanted)
+        return config, [content[key] for key in wanted], path
+    except OSError as error:
         raise OSError(f"{folder} is no finished run that can be scored: {error}") from error
 
 
@@ -487,7 +562,7 @@ def add_flags(
     add("--seed", type=int, default=0, help="0 … 9999")
     add("--device", default="auto", help="cpu, cuda, …")
     add("--amp", action=yes_no, help="bfloat16 autocast; by default on a GPU that has it")
-    add("--out", help="default: runs/<data>-<model>-<method>-seed<k>")
+    add("--out", help="default: runs/<data>-<model>-<method>-seed<k>, then what else was given")
     add("--resume", action="store_true", help="go on from the last checkpoint in --out")
     add("--evaluate", metavar="RUN", help="score a saved run again, train nothing")
     add("--compare", action="store_true", help="all methods, learning rates searched; one table")

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from lab import loop, sprites
 from lab.batches import Resident
-from lab.folders import read_splits, to_rgb
+from lab.folders import naming, read_splits, to_rgb
 
 # bytes of a split that is kept in memory, decoded once; a larger one is decoded when asked for [us]
 MOST_KEPT = 512 * 10**6
@@ -196,8 +196,12 @@ class Single(Dataset):
         return len(self.pictures)
 
     def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
-        image, label = self.pictures[i]
-        return self.transform(image), torch.tensor([int(label) - self.first_class])
+        source, place = self.pictures, i
+        while isinstance(source, Subset):
+            source, place = source.dataset, source.indices[place]
+        with naming(f"picture {place} of {type(source).__name__}"):
+            image, label = source[place]
+            return self.transform(image), torch.tensor([int(label) - self.first_class])
 
 
 def transforms(image_size: int) -> tuple[v2.Transform, v2.Transform]:
@@ -233,7 +237,7 @@ def from_torchvision(
             opened[0]  # some import what they need, or miss a file, only here
             if name == "clevr_dist":
                 opened._labels = distances(opened)
-        except (OSError, RuntimeError, ValueError, ImportError) as error:
+        except Exception as error:  # torchvision's and Pillow's are no closed list
             if isinstance(error, ImportError) or "pip install" in str(error):
                 raise OSError(
                     f"{name} needs packages: pip install -r requirements-extra.txt ({error})"
@@ -242,8 +246,9 @@ def from_torchvision(
             where = (
                 f"fetch {address}" if address else f"fetch it as torchvision's {class_name} says"
             )
+            said = " ".join(str(error).split()) or repr(error)
             raise OSError(
-                f"could not open or download {name} ({str(error).splitlines()[0]}); where there "
+                f"could not open or download {name} ({said}); where there "
                 f"is no network, {where} and unpack it in {(root / folder).resolve()}"
             ) from error
         if name == "sun397":  # listed as the disk has them; sorted, they are the same everywhere

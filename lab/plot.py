@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 import san
-from lab import loop, paired, tables
+from lab import loop, paired, saved, tables
 
 if TYPE_CHECKING:  # an extra, imported where it is used
     from matplotlib.axes import Axes
@@ -121,25 +121,13 @@ def draw(runs: list[Path], out: Path, base_of: Callable[[dict], dict[str, Tensor
 def read_run(path: Path) -> Run:
     """The run in a folder. Raises OSError, naming it, if it is missing, unfinished or broken."""
     try:
-        config = json.loads((path / "config.json").read_text())
-        text = (path / "metrics.jsonl").read_text()
-        *history, result = [json.loads(line) for line in text.splitlines()]
-        lacking = [{"epoch", "loss", "val"} - record.keys() for record in history]
-        lacking.append({"dataset", "model", "method", "test"} - result.keys())
-        if missing := set().union(*lacking):
-            raise ValueError(f"metrics.jsonl lacks {', '.join(sorted(missing))}")
-        adapter = path / "adapter.pt"
-        content = san.read(adapter) if adapter.exists() else {}
-        values = content.get("values") or content.get("trained") or {}
-        links = [link[0] for link in content.get("links", [])]
-        gamma = {k.removesuffix(".gamma"): v for k, v in values.items() if k.endswith(".gamma")}
-        gamma = {layer: gamma[layer].float() for layer in [*links, *gamma] if layer in gamma}
-        return Run(path, dict(config), history, result, links, gamma)
+        config, (history, result) = saved.config(path), saved.metrics(path)
     except FileNotFoundError as error:
         name = Path(error.filename).name
         raise OSError(f"{path} is no finished run and no comparison: it has no {name}") from error
-    except (ValueError, TypeError, AttributeError, LookupError) as error:
-        raise OSError(f"the run in {path} is broken: {error}") from error
+    adapter = path / "adapter.pt"
+    links, gamma = saved.links_and_gammas(adapter) if adapter.exists() else ([], {})
+    return Run(path, config, history, result, links, gamma)
 
 
 def names(runs: list[Run]) -> list[str]:
@@ -168,7 +156,7 @@ def labels(settings: list[dict], places: list[str]) -> list[str]:
                 continue
             name = key.replace("_", " ")
             if key in ("dataset", "model"):
-                words.append(value)
+                words.append(str(value))
             elif isinstance(value, bool):
                 words.append(name if value else f"no {name}")
             elif key != "method":
@@ -465,10 +453,7 @@ def weight_change(run: Run, base_of: Callable[[dict], dict[str, Tensor]]) -> dic
     path = run.path / ("model.pt" if run.result["method"] == "full" else "merged.pt")
     if not path.exists():
         return {}
-    try:
-        merged = dict(san.read(path)["state_dict"])
-    except (TypeError, ValueError, LookupError) as error:
-        raise OSError(f"{path} holds no model of a run") from error
+    merged = saved.model(path, ["state_dict"])["state_dict"]
     ratios = {}
     for key, before in base_of(run.config).items():
         layer, after = key.removesuffix(".weight"), merged.get(key)

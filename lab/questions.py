@@ -265,6 +265,8 @@ def parsed(text: str, path: Path, line: int) -> Any:
             f"{path}, line {line + error.lineno - 1}, is not JSON: {error.msg}, "
             f"character {error.colno}"
         ) from error
+    except (ValueError, RecursionError) as error:  # thousands of digits, or of brackets
+        raise OSError(f"{path}, line {line}, cannot be read: {error}") from error
 
 
 def question(record: dict, where: str, ask: str = "options") -> Question:
@@ -274,11 +276,11 @@ def question(record: dict, where: str, ask: str = "options") -> Question:
     as the paper has it; or `in_words`. Raises OSError for one that is not whole.
     """
     keys = ("instruction", "output", "answer")
-    missing = [
-        k for k in keys if not isinstance(record, dict) or not isinstance(record.get(k), str)
-    ]
-    if missing:
-        raise OSError(f"{where} has no text called '{missing[0]}'")
+    record = record if isinstance(record, dict) else {}
+    for key in (*keys, "input") if record.get("input") else keys:
+        text = record.get(key)
+        if not isinstance(text, str) or re.search("[\ud800-\udfff]", text):  # halves of a letter
+            raise OSError(f"{where} has no text called '{key}'")
     instruction, output, answer = (record[key].strip() for key in keys)
     more = f"\n\n{record['input']}" if record.get("input") else ""
     form = re.search(r"Answer format:(.+)$", instruction)

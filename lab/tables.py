@@ -1,20 +1,24 @@
 """Many runs: a learning rate searched for each method, results kept run by run, tables of them."""
 
 import argparse
+import errno
 import json
 import math
+import os
 import shlex
 import statistics
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor, nn
 
-from lab import loop, paired
+from lab import loop, paired, saved
 from lab.paired import Key, Paired
 
 WIDEN = 2  # rates that a search may add to its grid
@@ -38,15 +42,27 @@ class Journal:
 
         Raises OSError if the file is broken or its folder cannot be made.
         """
+        self.path, self.options = path, loop.LATER | options
+        self.lines = []
+        if path.exists():
+            with self.held():
+                self.lines = read_results(path)
+
+    @contextmanager
+    def held(self) -> Iterator[BinaryIO]:
+        """The file, which ends in a whole line, while no other command writes. Raises OSError."""
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            text = path.read_text() if path.exists() else ""
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a+b", buffering=0) as file, loop.holding(self.path, wait=True):
+                file.seek(0)
+                content = file.read()
+                if (whole := content.rfind(b"\n") + 1) != len(content):
+                    file.truncate(whole)  # what follows was cut off by the power or the disk
+                yield file
         except OSError as error:
-            raise OSError(f"could not write {path}: {error.strerror}") from error
-        whole = text[: text.rfind("\n") + 1]
-        if whole != text:  # a last line that the power or the disk cut off
-            loop.write_text(whole, path)
-        self.path, self.options, self.lines = path, loop.LATER | options, read_results(path)
+            if error.strerror is None:  # it is a sentence already
+                raise
+            raise OSError(f"could not write {self.path}: {error.strerror}") from error
 
     def find(self, key: dict) -> list[dict]:
         """The lines that hold all of `key`, and were made with these options."""
@@ -56,8 +72,10 @@ class Journal:
     def add(self, line: dict) -> dict:
         """Append a line, with the options. Raises OSError if it cannot be written."""
         line = line | {"options": self.options}
-        with self.path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        content = (json.dumps(line) + "\n").encode()
+        with self.held() as file:
+            if file.write(content) != len(content):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         self.lines.append(line)
         return line
 
@@ -68,16 +86,10 @@ def read_results(path: Path) -> list[dict]:
     An option that a line lacks, since there was no flag yet, is as loop.LATER has it.
     """
     try:
-        lines = [json.loads(line) for line in path.read_text().splitlines()]
-        needed = {"task", "model", "method", "part", "lr", "seed", "val", "options"}
-        if any(needed - line.keys() for line in lines):
-            raise ValueError("a line lacks entries")
-        lines = [line | {"options": loop.LATER | line["options"]} for line in lines]
+        lines = saved.results(path)
     except (FileNotFoundError, NotADirectoryError):
         return []
-    except (ValueError, AttributeError, TypeError) as error:
-        raise OSError(f"{path} is broken ({error}); move it away and start again") from error
-    return lines
+    return [line | {"options": loop.LATER | line["options"]} for line in lines]
 
 
 def search(
@@ -205,10 +217,15 @@ def announce(
         print(f"{runs}, {time_left} at {', '.join(paces)}", flush=True)
 
 
-def journal_of(args: argparse.Namespace, out: Path) -> Journal:
-    """The journal of a comparison in the folder `out`. Raises OSError as `Journal`."""
+@contextmanager
+def journal_of(args: argparse.Namespace, out: Path) -> Iterator[Journal]:
+    """The journal of a comparison in the folder `out`, which is held. Raises OSError as `Journal`.
+
+    Other comparisons may write into the same folder at once, but no single run.
+    """
     options = loop.settings(args) | dict.fromkeys(("task", "model", "method", "seeds"))
-    return Journal(out / "results.jsonl", options)
+    with loop.holding(out, shared=True):
+        yield Journal(out / "results.jsonl", options)
 
 
 def save_tables(lines: list[dict], out: Path) -> None:
@@ -319,6 +336,9 @@ def validated(tried: dict[Key, dict]) -> list[dict]:
 
 def detail(runs: list[dict], tried: list[float]) -> dict[str, str]:
     """The columns of one method on one task: its scored seeds, and the learning rates tried."""
+    parts = runs[0].get("parts", {}).keys()
+    if any(run.get("parts", {}).keys() != parts for run in runs):
+        raise ValueError(f"{runs[0]['method']}'s runs on {runs[0]['task']} have different parts")
     same = min(run["merge_same"] for run in runs)
     gap = max(run["merge_difference"] for run in runs)
     at_end = len(tried) > 1 and runs[-1]["lr"] in (min(tried), max(tried))

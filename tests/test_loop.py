@@ -73,10 +73,10 @@ def run_until(stop: int, out: Path, name: str, monkeypatch) -> bool:
         patch.setattr(os, "replace", killing(os.replace))
         patch.setattr(Path, "unlink", killing(Path.unlink))
         try:
-            loop.begin(args, out)
-            (out / "checkpoint.pt").write_bytes(b"")
-            score = torch.zeros(3, 2), {"test": 0.5}
-            loop.conclude(model, args, [], result, lambda _: score, {"name": name})
+            with loop.begin(args, out):
+                (out / "checkpoint.pt").write_bytes(b"")
+                score = torch.zeros(3, 2), {"test": 0.5}
+                loop.conclude(model, args, [], result, lambda _: score, {"name": name})
         except Killed:
             return True
     return False
@@ -197,7 +197,7 @@ def test_lines_and_checkpoints_from_before_a_flag_count_as_made_with_its_default
         "task": "t",
         "model": "m",
         "method": "san",
-        "part": "test",
+        "part": "search",
         "lr": 1,
         "seed": 0,
         "val": 1,

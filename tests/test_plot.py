@@ -39,8 +39,8 @@ def make_run(path: Path, method: str, **config) -> Path:
     (path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
     if method in ("san", "ssf"):
         values = {f"{layer}.gamma": value for layer, value in GAMMA.items()}
-        links = [("a", None, None), ("b", "a", None)]
-        torch.save({"links": links, "values": values}, path / "adapter.pt")
+        content = {"san": 2, "links": [("a", None, None), ("b", "a", None)], "values": values}
+        torch.save(content | {"settings": {}, "frozen": {}, "samples": {}}, path / "adapter.pt")
     state = {key: value * FACTOR.get(key, 1) for key, value in BASE.items()}
     torch.save({"state_dict": state}, path / ("model.pt" if method == "full" else "merged.pt"))
     return path
@@ -49,6 +49,7 @@ def make_run(path: Path, method: str, **config) -> Path:
 def line(method: str, test: float | None = None, **changes) -> dict:
     line = {"task": "dots", "model": "tiny", "method": method, "lr": 0.1, "seed": 0, "val": 0.5}
     line |= {"part": "search"} if test is None else {"part": "test", "test": test}
+    line |= {"percent": 1.0, "seconds": 1.0, "memory": 1.0, "merge_same": 1, "merge_difference": 0}
     return line | {"trainable": 100 if method == "san" else 4000, "options": {"lr": None}} | changes
 
 
@@ -243,7 +244,7 @@ def test_missing_and_broken_runs_are_named_and_nothing_is_written(tmp_path, comp
     assert "bad/adapter.pt is broken" in refused(bad)
     for text in ("", "{", '{"loss": 1}\n{}', "[]", "3"):
         (bad / "metrics.jsonl").write_text(text)
-        assert "bad is broken" in refused(bad)
+        assert "bad/metrics.jsonl is broken" in refused(bad)
     (bad / "metrics.jsonl").unlink()
     assert "bad is no finished run and no comparison: it has no metrics.jsonl" in refused(bad)
     (comparison / "results.jsonl").write_text("{}")
