@@ -166,7 +166,7 @@ def fill(
 
     Raises ValueError if they are not those of the model, which the file `described` gives.
     """
-    of_another = f"these weights are not of the model in {described.name}: "
+    of_another = f"these weights are not of the model in {described}: "
     own = dict(model.named_parameters())  # without the head where it is tied
     missing = dict.fromkeys(own)
     for key, name, value in weights:

@@ -302,12 +302,14 @@ def guard(work: Callable[[argparse.Namespace], None], args: argparse.Namespace) 
             kept = f"{epoch} is kept in {checkpoint}; to go on: {again}"
         print(f"\nstopped; {kept}", file=sys.stderr)
         sys.exit(130)
-    except (ValueError, OSError, FloatingPointError, MemoryError, RuntimeError) as error:
+    except (MemoryError, RuntimeError) as error:
+        said = str(error).partition("\n")[0].partition(". ")[0] or repr(error)
+        if not re.search("MemoryError|out of memory|allocate", said):
+            raise
+        print(f"{script}: there is no memory left ({said}); {SMALLER}", file=sys.stderr)
+        sys.exit(1)
+    except (ValueError, OSError, FloatingPointError) as error:
         said = str(error)
-        if isinstance(error, (MemoryError, RuntimeError)):
-            if not (isinstance(error, MemoryError) or re.search("out of memory|allocate", said)):
-                raise
-            said = f"there is no memory left ({said.splitlines()[0].split('. ')[0]}); {SMALLER}"
         if "\nOriginal Traceback" in said:  # a loader's process passes on all that it would print
             said = said.strip().splitlines()[-1].split(": ", 1)[-1]
         print(f"{script}: {said}", file=sys.stderr)

@@ -570,7 +570,7 @@ def test_what_a_run_saves_is_what_transformers_loads(method, flags, checkpoint, 
     assert {path.name for path in (out / "merged").iterdir()} == files
     theirs = transformers.AutoModelForCausalLM.from_pretrained(out / "merged").eval()
     content = san.read(out / ("model.pt" if method == "full" else "merged.pt"))
-    own = train_lm.restore(content["numbers"], content["state_dict"])
+    own, _ = train_lm.restored(*(content[name] for name in train_lm.HELD))
     base = transformers.AutoModelForCausalLM.from_pretrained(checkpoint).eval()
     tokens = torch.arange(60).view(2, 30)
     with torch.no_grad():
@@ -622,17 +622,18 @@ def test_what_cannot_be_written_for_others_whole_is_not_written(
     assert code == (1 if isinstance(error, OSError) else 130)
     if code == 1:
         assert f"could not write {tmp_path / 'merged'}" in capsys.readouterr().err
-    names = {"adapter.pt", "config.json", "merged.pt", "metrics.jsonl"}
+    names = {"adapter.pt", "config.json", "checkpoint.pt", "metrics.jsonl"}  # --resume goes on
     assert {path.name for path in tmp_path.iterdir()} == names
 
 
 def test_a_new_run_removes_what_an_older_one_left_for_others(flags, tmp_path):
     (tmp_path / "merged").mkdir()
     (tmp_path / "merged" / "config.json").write_text("{}")
+    args = argparse.Namespace(resume=False)
     with pytest.raises(ValueError, match="merged is not from a run and would be lost"):
-        loop.begin(argparse.Namespace(resume=False), tmp_path)
+        loop.make_room(args, tmp_path)
     (tmp_path / "config.json").write_text("{}")
-    loop.begin(argparse.Namespace(resume=False), tmp_path)
+    loop.make_room(args, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
