@@ -32,7 +32,6 @@ from lab import methods, saved
 
 FINISHED = ("merged.pt", "model.pt")  # one of them in its folder, and a run is finished
 BLOCKS = (models.ViTBlock, models.ConvNeXtBlock, models.SwinBlock, models.LLaMABlock)
-SMALLER = "try --accumulate 4, --recompute, or a smaller --batch-size"
 # what runs did before there were flags for it
 LATER = {"accumulate": 1, "recompute": False, "ask": "options", "test_shots": None, "alpha": None}
 LATER |= {"methods": None, "pretrain": False}
@@ -278,7 +277,7 @@ def resume(
 def guard(work: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
     """Do a script's work; what a user can put right ends it with one sentence and an exit code.
 
-    The device and --amp are settled first.
+    The device and --amp are settled first. Any other exception is a fault of ours, and is raised.
     2: ValueError, a usage that makes no sense; 1: OSError, a loss that is not finite, no memory
     left on the device; 130: Ctrl-C, which says what is kept and how to go on.
     """
@@ -306,7 +305,8 @@ def guard(work: Callable[[argparse.Namespace], None], args: argparse.Namespace) 
         said = str(error).partition("\n")[0].partition(". ")[0] or repr(error)
         if not re.search("MemoryError|out of memory|allocate", said):
             raise
-        print(f"{script}: there is no memory left ({said}); {SMALLER}", file=sys.stderr)
+        smaller = "try --accumulate 4, --recompute, or a smaller --batch-size"
+        print(f"{script}: there is no memory left ({said}); {smaller}", file=sys.stderr)
         sys.exit(1)
     except (ValueError, OSError, FloatingPointError) as error:
         said = str(error)
@@ -384,6 +384,7 @@ def begin(args: argparse.Namespace, out: Path) -> Iterator[None]:
 
 
 def make_room(args: argparse.Namespace, out: Path) -> None:
+    """Remove an older run from `out` and write config.json. Raises ValueError as `begin`."""
     names = (*FINISHED, "adapter.pt", "merged", "metrics.jsonl", "checkpoint.pt")
     files = [out / name for name in names if (out / name).exists()]
     if files and not (out / "config.json").exists():

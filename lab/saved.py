@@ -19,15 +19,18 @@ from lab import paired
 
 
 def number(low: float, high: float = 1e300, whole: bool = False) -> Callable[[Any], bool]:
+    """Whether a value is a number from low to high; true and false are none."""
     types = (int,) if whole else (int, float)
     return lambda value: type(value) in types and low <= value <= high
 
 
 def each(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    """Whether a value is a list, not empty, of such as fit."""
     return lambda value: isinstance(value, list) and len(value) > 0 and all(map(fits, value))
 
 
 def is_hits(value: Any) -> bool:
+    """Whether it is what `paired.pack` makes."""
     try:
         return paired.unpack(value) is not None
     except (ValueError, AttributeError):
@@ -35,6 +38,7 @@ def is_hits(value: Any) -> bool:
 
 
 def is_state(value: Any) -> bool:
+    """Whether it is finite tensors of floats by their names, as a model's state dict."""
     return isinstance(value, dict) and all(
         isinstance(name, str) and san.is_dense(v) and v.is_floating_point() and v.isfinite().all()
         for name, v in value.items()
