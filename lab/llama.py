@@ -204,7 +204,8 @@ def read_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
                             raise ValueError(f"{key} is of {value.dtype}, not of floats")
                         yield key, value
         except Exception as error:  # of whatever kind the package has
-            raise OSError(f"{path} is broken ({error}); fetch it again") from error
+            said = " ".join(str(error).split())
+            raise OSError(f"{path} is broken ({said}); fetch it again") from error
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -312,7 +312,7 @@ def guard(work: Callable[[argparse.Namespace], None], args: argparse.Namespace) 
         said = str(error)
         if "\nOriginal Traceback" in said:  # a loader's process passes on all that it would print
             said = said.strip().splitlines()[-1].split(": ", 1)[-1]
-        print(f"{script}: {said}", file=sys.stderr)
+        print(f"{script}: {' '.join(said.split())}", file=sys.stderr)
         sys.exit(2 if isinstance(error, ValueError) else 1)
 
 
