@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lab import gguf
+from lab import gguf, saved
 from lab.checkpoints import describe, rename, require
 from models import LLaMA
 
@@ -147,7 +147,7 @@ def load_llama(source: str | Path, dtype: torch.dtype = torch.float32) -> LLaMA:
 def without_weights(numbers: Callable[[], dict], described: Path) -> LLaMA:
     """The model of these numbers, which the file `described` gives; its weights take no memory."""
     try:
-        arguments = numbers()
+        arguments = saved.require(numbers(), saved.NUMBERS)
         with torch.device("meta"):
             return LLaMA(**arguments)
     except KeyError as error:

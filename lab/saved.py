@@ -49,6 +49,7 @@ TEXT, FLAG, ENTRIES, STATE = "a text", "true or false", "entries by name", "fini
 NUMBER, AMOUNT, POSITIVE = "a number", "a number, 0 or more", "a number above 0"
 COUNT, FROM_0, SHARE = "a whole number above 0", "a whole number, 0 or more", "a share, 0 … 1"
 TEXTS, COUNTS, HITS = "texts in a list", "whole numbers above 0 in a list", "a text of `pack`"
+PART = "search or test"
 KINDS = {
     TEXT: lambda v: isinstance(v, str),
     FLAG: lambda v: isinstance(v, bool),
@@ -61,6 +62,7 @@ KINDS = {
     ENTRIES: lambda v: isinstance(v, dict) and all(isinstance(name, str) for name in v),
     STATE: is_state,
     HITS: is_hits,
+    PART: lambda v: v in ("search", "test"),
 }
 KINDS |= {TEXTS: each(KINDS[TEXT]), COUNTS: each(KINDS[COUNT])}
 KINDS |= {"a text or texts in a list": lambda v: KINDS[TEXT](v) or KINDS[TEXTS](v)}
@@ -78,9 +80,9 @@ CONFIG = {
     **dict.fromkeys(("methods", "table", "plot"), f"{TEXTS} or null"),
     **dict.fromkeys(("shift", "norms", "pretrain", "ablation", "compile"), FLAG),
     **dict.fromkeys(("amp", "recompute", "resume", "compare"), FLAG),
-    **dict.fromkeys(("prompts", "rank", "epochs", "batch_size", "accumulate", "seeds"), COUNT),
+    **dict.fromkeys(("prompts", "rank", "epochs", "batch_size", "accumulate"), COUNT),
     **dict.fromkeys(("shots", "test_shots", "image_size"), f"{COUNT} or null"),
-    **dict.fromkeys(("workers", "seed"), FROM_0),
+    **dict.fromkeys(("workers", "seed", "seeds"), FROM_0),
     **dict.fromkeys(("gamma_std", "weight_decay", "warmup_epochs"), AMOUNT),
     "lr": POSITIVE,
 }
@@ -88,7 +90,7 @@ CONFIG = {
 EPOCH = {"epoch": COUNT, "loss": NUMBER, "val": f"{SHARE} or null"}
 RESULT = {"dataset": TEXT, "model": TEXT, "method": TEXT, "test": SHARE}
 # results.jsonl: every line; what a scored run's has besides; what any may have
-LINE = {"task": TEXT, "model": TEXT, "method": TEXT, "part": TEXT, "lr": POSITIVE}
+LINE = {"task": TEXT, "model": TEXT, "method": TEXT, "part": PART, "lr": POSITIVE}
 LINE |= {"seed": FROM_0, "val": f"{SHARE} or null", "options": ENTRIES}
 SCORED = {"test": SHARE, "trainable": COUNT, "percent": AMOUNT, "seconds": AMOUNT}
 SCORED |= {"memory": NUMBER, "merge_same": SHARE, "merge_difference": NUMBER}

@@ -357,9 +357,12 @@ def at_most(seconds: int) -> Iterator[None]:
         signal.alarm(0)
 
 
-def outcome(read: Callable, path: Path) -> str:
-    """'read', 'refused', or what is wrong with the way in which it was refused."""
-    before = sorted(path.parent.rglob("*"))
+def outcome(read: Callable, path: Path, root: Path) -> str:
+    """'read', 'refused', or what is wrong with the way in which it was refused.
+
+    root: where the file is, and all that it may point to.
+    """
+    before = sorted(root.rglob("*"))
     try:
         with at_most(LONGEST), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
             with warnings.catch_warnings():
@@ -371,11 +374,11 @@ def outcome(read: Callable, path: Path) -> str:
         found = "refused"
         if "\n" in said or not said.strip():
             found = f"not one sentence: {said!r}"
-        elif path.name not in said and str(path.parent) not in said:
+        elif path.name not in said and str(root) not in said:
             found = f"not named: {said}"
     except BaseException as error:
         found = f"{type(error).__name__}: {error}"
-    return found if sorted(path.parent.rglob("*")) == before else f"{found}, and files changed"
+    return found if sorted(root.rglob("*")) == before else f"{found}, and files changed"
 
 
 def count(name: str, files: int, seed: int = 0) -> dict[str, collections.Counter]:
@@ -385,13 +388,13 @@ def count(name: str, files: int, seed: int = 0) -> dict[str, collections.Counter
         with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
             path, read = FORMATS[name](Path(folder))
         whole = path.read_bytes()
-        assert outcome(read, path) == "read"
+        assert outcome(read, path, Path(folder)) == "read"
         for damage, break_it in DAMAGES.items():
             dice, found[damage] = random.Random(f"{name} {damage} {seed}"), collections.Counter()
             for _ in range(files):
                 path.write_bytes(whole)
                 path.write_bytes(break_it(whole, path, dice))
-                found[damage][outcome(read, path)] += 1
+                found[damage][outcome(read, path, Path(folder))] += 1
     return found
 
 
@@ -469,7 +472,7 @@ def main() -> None:
     p.add_argument("--seed", type=int, default=0)
     args = p.parse_args()
     print("| file | damage | refused | read | faults |\n| --- | --- | --- | --- | --- |")
-    for name in args.formats:
+    for name in args.formats if args.files else ():
         for damage, found in count(name, args.files, args.seed).items():
             faults = {what: n for what, n in found.items() if what not in ("read", "refused")}
             numbers = [found["refused"], found["read"], sum(faults.values())]

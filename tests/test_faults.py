@@ -49,13 +49,14 @@ def test_the_count_finds_what_is_no_sentence(tmp_path):
         def read() -> None:
             raise error
 
-        return faults.outcome(read, path)
+        return faults.outcome(read, path, tmp_path)
 
     assert says(OSError(f"{path} is broken")) == "refused"
     assert says(OSError("it is broken")).startswith("not named")
     assert says(ValueError(f"{path}\nis broken")).startswith("not one sentence")
     assert says(KeyError("a")) == "KeyError: 'a'"
-    assert faults.outcome(lambda: (tmp_path / "new").touch(), path) == "read, and files changed"
+    made = faults.outcome(lambda: (tmp_path / "new").touch(), path, tmp_path)
+    assert made == "read, and files changed"
 
 
 # ------------------------------------------------------------------------------ two runs, one --out
