@@ -214,14 +214,15 @@ def given(p: argparse.ArgumentParser, args: argparse.Namespace) -> dict[str, str
     return {k: "+".join(map(str, v)) if isinstance(v, list) else str(v) for k, v in own.items()}
 
 
-def default_out(data: str, model: str, args: argparse.Namespace, given: dict[str, str]) -> str:
-    """runs/<data>-<model>-<method>-seed<k>, then every other setting that was given.
+def default_out(data: str, model: str, args: argparse.Namespace, more: dict[str, str]) -> str:
+    """runs/<data>-<model>-<method>-seed<k>, then what is `more` and not told yet.
 
-    So that no run takes the folder of another. A long name ends in a checksum.
+    more: what was `given`, so that no run takes the folder of another. A long name ends in a
+    checksum.
     """
     words = [data, model, args.method, f"seed{args.seed}"]
     told = ("method", "seed", "task")  # a task is in the name of its data
-    words += [f"{k}={v}" for k, v in given.items() if k not in told and v not in (data, model)]
+    words += [f"{k}={v}" for k, v in more.items() if k not in told and v not in (data, model)]
     name = re.sub(r"[^\w.,+=-]+", "_", "-".join(words))
     if len(name) > 150:
         name = f"{name[:140]}-{zlib.crc32(name.encode()):08x}"
