@@ -8,6 +8,7 @@ import shlex
 from pathlib import Path
 from string import Template
 
+import faults
 import pytest
 import torch
 from torch import nn
@@ -114,6 +115,7 @@ def flags() -> dict[str, set[str]]:
             "train_vision.py": lambda: train_vision.arguments(["--help"]),
             "train_lm.py": lambda: train_lm.arguments(["--help"]),
             "lab.bench": bench.main,
+            "faults.py": faults.main,
         }.items():
             with contextlib.redirect_stdout(io.StringIO()) as printed, pytest.raises(SystemExit):
                 ask()
