@@ -66,6 +66,7 @@ KINDS = {
 }
 KINDS |= {TEXTS: each(KINDS[TEXT]), COUNTS: each(KINDS[COUNT])}
 KINDS |= {"a text or texts in a list": lambda v: KINDS[TEXT](v) or KINDS[TEXTS](v)}
+KINDS |= {"texts of `pack` by name": lambda v: KINDS[ENTRIES](v) and all(map(is_hits, v.values()))}
 KINDS |= {"shares by name": lambda v: KINDS[ENTRIES](v) and all(map(KINDS[SHARE], v.values()))}
 
 # ------------------------------------------------------------------------------ what files hold
@@ -85,6 +86,7 @@ CONFIG = {
     **dict.fromkeys(("workers", "seed", "seeds"), FROM_0),
     **dict.fromkeys(("gamma_std", "weight_decay", "warmup_epochs"), AMOUNT),
     "lr": POSITIVE,
+    "alpha": f"{POSITIVE} or null",
 }
 # metrics.jsonl: a line for each epoch, then the result. A checkpoint has such epochs too
 EPOCH = {"epoch": COUNT, "loss": NUMBER, "val": f"{SHARE} or null"}
@@ -95,6 +97,11 @@ LINE |= {"seed": FROM_0, "val": f"{SHARE} or null", "options": ENTRIES}
 SCORED = {"test": SHARE, "trainable": COUNT, "percent": AMOUNT, "seconds": AMOUNT}
 SCORED |= {"memory": NUMBER, "merge_same": SHARE, "merge_difference": NUMBER}
 MAYBE = {"wall": AMOUNT, "group": f"{TEXT} or null", "right": HITS, "parts": "shares by name"}
+MAYBE |= {
+    "test_norm": SHARE,
+    "parts_norm": "shares by name",
+    "parts_right": "texts of `pack` by name",
+}
 # merged.pt and model.pt, of train_vision or of train_lm, and the latter's LLaMA
 MODEL = {"state_dict": STATE}
 MODEL |= {"model": TEXT, "factors": COUNTS, "image_size": COUNT}

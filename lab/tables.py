@@ -336,9 +336,6 @@ def validated(tried: dict[Key, dict]) -> list[dict]:
 
 def detail(runs: list[dict], tried: list[float]) -> dict[str, str]:
     """The columns of one method on one task: its scored seeds, and the learning rates tried."""
-    parts = runs[0].get("parts", {}).keys()
-    if any(run.get("parts", {}).keys() != parts for run in runs):
-        raise ValueError(f"{runs[0]['method']}'s runs on {runs[0]['task']} have different parts")
     same = min(run["merge_same"] for run in runs)
     gap = max(run["merge_difference"] for run in runs)
     at_end = len(tried) > 1 and runs[-1]["lr"] in (min(tried), max(tried))
