@@ -201,6 +201,10 @@ def results(path: Path) -> list[dict]:
             require(line, LINE, MAYBE)
             if line["part"] == "test":
                 require(line, SCORED)
+            tasks = line["options"].get("tasks", [line["task"]])
+            parts = [line[key] for key in ("parts", "parts_norm", "parts_right") if key in line]
+            if not (KINDS[TEXTS](tasks) and all(t in own for own in parts for t in tasks)):
+                raise ValueError(f"its parts are not those of its tasks, {described(tasks)}")
         return lines
 
 
