@@ -64,6 +64,7 @@ FLAGS = {
     "propagation, shift": SAN | {"mode": "propagation"},
     "propagation": SAN | {"mode": "propagation", "shift": False},
     "SAN, norms frozen": SAN | {"norms": False},
+    "both, norms frozen": SAN | {"shift": False, "norms": False},
     "SAN, γ from N(1, 0.02)": SAN | {"gamma_std": 0.02},
     "SAN, authors' wiring": SAN | {"wiring": "authors"},
     "SAN, no warm-up": SAN | {"warmup_epochs": 0.0},
