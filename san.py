@@ -16,6 +16,10 @@ attention): each diagonal stands next to the matrix it folds into.
     save_adapter(model, "adapter.pt")      # kilobytes
     merge(model)                           # plain layers again
 
+Besides: `detach` gives the base model back, `disabled` its output for a while, `load_adapter`
+brings back what was saved, `summary` tells what γ became. Python 3.10 and torch 2.6 at least. MIT
+licence.
+
 Sources: [P] Dai et al., "SAN", ICML 2025, arXiv 2409.06706; [C] its authors' v1 code; [S] SSF,
 Lian et al., NeurIPS 2022, arXiv 2210.08823; [us] our choice. The formulas are [P, C], β is SSF's
 [S], the links and all that stands below the rule are ours.
@@ -66,7 +70,7 @@ class SANLayer(nn.Module):
         self.layer, self.axes = layer, _axes(layer)
         self.gamma = nn.Parameter(_ones(layer)) if with_gamma else None
         self.beta = nn.Parameter(0 * _ones(layer)) if with_beta else None
-        self.scale, self.used = scale, False
+        self.scale, self.used, self.early = scale, False, False
         self.anterior: tuple[SANLayer, ...] = ()  # a tuple: its γ is shared, and no part of ours
         self.register_buffer("index", None, persistent=False)
 
@@ -83,7 +87,7 @@ class SANLayer(nn.Module):
         (W diag(γ')) x = W (γ' ⊙ x), so x is scaled and not W. W is frozen, but W diag(γ') is not:
         its gradient, out×in, would cost as much per step as fine-tuning W.
         """
-        _mark_used(self)
+        _mark_run(self)
         anterior_gamma, gamma, beta = self.vectors()
         z = self.layer(_affine(anterior_gamma, x, None, self.axes.places))  # W (γ' ⊙ x) + b
         return _affine(gamma, z, beta, self.axes.places)  # γ ⊙ z + β
@@ -125,6 +129,10 @@ def attach(
     shift: train β as well; with propagate=False that is SSF [S]. A layer without a bias gets no
     β, since nothing in the base model could hold it after the merge [us].
     trainable: names of modules or parameters to train besides, such as norms and the head [C].
+    Bring the model to its dtype before, make the optimizer (without weight decay on γ, which would
+    pull it to 0), DDP or FSDP after. Until `merge` or `detach` a layer's keys are fc1.layer.weight
+    in place of fc1.weight. Names and sizes of the links are checked; which layer reads which is the
+    caller's knowledge: a wrong link trains and merges all the same.
     Raises ValueError or TypeError for what cannot be adapted, and leaves the model as it was.
     """
     settings = {"scale": scale, "propagate": propagate, "shift": shift}
@@ -287,6 +295,12 @@ def _reshard(model: nn.Module) -> None:
     for module in model.modules():
         if hasattr(module, "set_reshard_after_backward"):  # FSDP2 has made it an FSDPModule
             module.reshard()
+
+
+def _mark_run(layer: SANLayer) -> None:
+    if not torch.compiler.is_compiling():
+        layer.early |= not layer.used and any(not anterior.used for anterior in layer.anterior)
+    _mark_used(layer)
 
 
 def _mark_used(layer: SANLayer) -> SANLayer:
@@ -656,7 +670,11 @@ def _freeze(model: nn.Module, trainable: list[str]) -> None:
 
 
 def _look_at_first_forward(model: nn.Module, *_: Any) -> None:
-    """Warn of linked layers that took no part in it, and of γ in half precision."""
+    """Warn of linked layers that took no part in it or came too early, and of γ in half precision.
+
+    That a link names the right anterior cannot be seen from here, but one that runs after its
+    posterior is none.
+    """
     if torch.compiler.is_compiling() or model._san.disabled:
         return
     _drop_hook(model)
@@ -665,6 +683,12 @@ def _look_at_first_forward(model: nn.Module, *_: Any) -> None:
         warnings.warn(
             f"the model ran without its linked layers {', '.join(unused)}, so that their γ is not "
             "trained; unlink what the model does not use",
+            stacklevel=2,
+        )
+    if early := [name for name, layer in layers.items() if layer.early]:
+        warnings.warn(
+            f"{', '.join(early)} ran before the anterior that its link names; name the layer whose "
+            "output it reads",
             stacklevel=2,
         )
     gammas = [layer.gamma for layer in layers.values() if layer.gamma is not None]

@@ -175,8 +175,8 @@ def adapt(model: nn.Module, method: str, args: argparse.Namespace) -> None:
     san+lora, san+dora  that update inside SAN's two diagonals [P], which act on the updated weight
                 [us]
 
-    ssf, hyperadapt and SAN's kinds train the norms too, with args.norms [C]. Scales start at 1, the
-    γ of the latter two with args.gamma_std around it, as SSF's own code has them (0.02) [S].
+    ssf, hyperadapt and SAN's kinds train the norms too, with args.norms [C]. Scales start at 1; the
+    γ of hyperadapt and SAN's kinds at N(1, args.gamma_std). SSF's own code has 0.02 there [S].
     Raises ValueError for vpt on another model than a ViT.
     """
     links = [] if method in UNLINKED else links_of(model, args.wiring)

@@ -7,6 +7,7 @@ import pickle
 import resource
 import subprocess
 import sys
+import warnings
 from collections import OrderedDict
 from contextlib import contextmanager
 from pathlib import Path
@@ -689,3 +690,16 @@ def test_the_gradients_agree_with_finite_differences(layer, shape, shift):
 
 
 SECOND = {nn.Linear: (4, 2), nn.Conv2d: (4, 2, 1)}  # arguments of a second layer of each class
+
+
+def test_a_link_to_a_layer_that_runs_later_is_warned_of():
+    model = nn.Sequential(nn.Linear(4, 4), nn.GELU(), nn.Linear(4, 4))
+    attach(model, [Link("0", "2"), Link("2")])
+    with pytest.warns(UserWarning, match="0 ran before the anterior that its link names"):
+        model(torch.randn(2, 4))
+    detach(model)
+    attach(model, [Link("0"), Link("2", "0")])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model[2].weight  # read before its anterior has run: nothing has gone wrong
+        model(torch.randn(2, 4))
