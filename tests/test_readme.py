@@ -17,7 +17,7 @@ import models
 import san
 import train_lm
 import train_vision
-from lab import bench, pictures
+from lab import bench, pictures, tables
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -96,13 +96,14 @@ def test_every_command_of_a_page_is_one_that_the_script_takes(page, script):
 
 
 def test_cifar100_has_the_defaults_that_the_readme_names():
-    said = section("CIFAR-100 on one GPU")
+    said = section("CIFAR-100 on one GPU, and a real LLaMA")
     words, small = commands(said, "train_vision.py")
     assert (ROOT / "weights" / f"{train_vision.arguments(small).model[0]}.pt").is_file()
     args = train_vision.arguments(words)
     assert (args.method, args.model, args.weights) == ("san", ["vit_b16"], None)  # imagenet1k
     assert f"for {args.epochs} epochs" in said.replace("\n", " ")
     assert f"`{args.data_dir}/`" in said and "`runs/`" in said
+    assert train_lm.arguments(commands(said, "train_lm.py")[0]).weights == "smollm2"
 
 
 @pytest.fixture(scope="module")
@@ -190,7 +191,7 @@ def test_the_second_example_links_a_vit_of_timm_and_merges():
 
 def test_the_five_links_of_the_table_are_those_of_the_first_block():
     links = models.build("vit_micro", 2).links()
-    title = "One ViT block, its five links, and what the second use adds"
+    title = "The links of a ViT's first block, of others, and what the second use adds"
     table = [
         [cell.strip("`").partition("`")[0] for cell in r.values()] for r in rows(section(title))
     ]
@@ -303,8 +304,8 @@ def first(cell: str) -> float:
 
 def test_the_table_of_results_is_that_of_the_results_files():
     files = {
+        "real": ("real", "mean"),
         "sprites": ("sprites", "mean"),
-        "CIFAR-10": ("cifar10", "test accuracy, %"),
         "microworld": ("microworld", "mean"),
     }
     table = rows(section("Results"))
@@ -318,6 +319,12 @@ def test_the_table_of_results_is_that_of_the_results_files():
         assert [method for method in row if "*" in row[method]] == [best]
 
 
+def test_the_tables_of_real_pictures_are_those_of_their_lines():
+    page = (ROOT / "results" / "real.md").read_text(encoding="utf-8")
+    lines = tables.read_results(ROOT / "results" / "real" / "results.jsonl")
+    assert all(table in page for table in tables.tables(lines).strip().split("\n\n"))
+
+
 def test_what_is_said_below_the_table_follows_from_the_results_files():
     said = " ".join(section("Results").split())
     sprites, language = results("sprites", "mean"), results("microworld", "mean")
@@ -326,14 +333,16 @@ def test_what_is_said_below_the_table_follows_from_the_results_files():
     assert len(backbones) == 3 and all(mean[m, "san"] > mean[m, "full"] for m in backbones)
     lead = {m: mean[m, "san"] - mean[m, "lora"] for m, _ in sprites}
     ahead = [m for m in lead if lead[m] > 0]
-    leads = " and ".join(f"{lead[m]:.1f}" for m in ahead)
-    assert len(ahead) == 2 and f"two backbones of three, by {leads} points" in said
-    cells = [cell for m in ahead for k in ("san", "lora") for cell in sprites[m, k].values()]
-    spreads = [float(cell.split("±")[1]) for cell in cells if "±" in cell]
-    assert f"task's standard deviation is {min(spreads)} to {max(spreads)}" in said
-    for words, method in (("SAN trains {} to {} % of", "san"), ("LoRA {} to {} %", "lora")):
-        trained = [first(r["trained"]) for k, r in (sprites | language).items() if k[1] == method]
-        assert words.format(min(trained), max(trained)) in said
+    assert len(ahead) == 2 and "of LoRA with two backbones of three" in said
+    everything = sprites | language | results("real", "mean")
+    for words, method in (("It trains {} to {} % of", "san"), ("LoRA {} to {} %", "lora")):
+        trained = [first(r["trained"]) for k, r in everything.items() if k[1] == method]
+        assert words.format(round(min(trained), 1), round(max(trained), 1)) in said
+    names = {"SSF": "ssf", "full": "full", "HyperAdapt (γ' not shared)": "hyperadapt"}
+    names |= {"LoRA": "lora", "IA³": "ia3"}
+    compared = results("real", "verdict")
+    for name, method in names.items():
+        assert f"{name} {compared['convnext_mini', method]['difference to SAN']}" in said
     assert "adding SAN to LoRA gains nothing" in said
     assert mean["llama_micro", "san+lora"] <= mean["llama_micro", "lora"]
 
