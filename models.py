@@ -1,4 +1,6 @@
-"""Four backbones written by hand, ViT, ConvNeXt, Swin and LLaMA, with their links for `san.attach`.
+"""Five backbones written by hand, with their links for `san.attach`.
+
+ViT, ConvNeXt and Swin read pictures, LLaMA reads text, LLaVA reads pictures within a text.
 
 In each, `features` gives one vector per image or per token, `head` makes logits of it, and `links`
 says which layer is anterior to which. γ acts twice: on the anterior's output z, and on the columns
@@ -97,13 +99,17 @@ class ViT(nn.Module):
         nn.init.trunc_normal_(self.position, std=0.02)
         initialise(self)
 
-    def features(self, images: Tensor) -> Tensor:
-        """Normalised pixels, B×3×H×W → the class token after the last norm, B×C."""
+    def stream(self, images: Tensor) -> Tensor:
+        """Normalised pixels, B×3×H×W → what the blocks write, B×(1+N)×C, the class token first."""
         x = self.patch_embed(images).flatten(2).transpose(1, 2)  # B N C
         x = torch.cat([self.class_token.expand(len(x), -1, -1), x], dim=1) + self.position
         for block in self.blocks:
             x = block(x)
-        return self.norm(x[:, 0])
+        return x
+
+    def features(self, images: Tensor) -> Tensor:
+        """Normalised pixels, B×3×H×W → the class token after the last norm, B×C."""
+        return self.norm(self.stream(images)[:, 0])
 
     def forward(self, images: Tensor) -> Tensor:
         return self.head(self.features(images))
@@ -127,7 +133,7 @@ class ViT(nn.Module):
         """
         if wiring not in ("san", "authors"):
             raise ValueError(f"wiring '{wiring}' is unknown; choose 'san' or 'authors'")
-        dim = self.head.in_features
+        dim = self.position.shape[-1]
         value_third = range(2 * dim, 3 * dim)  # q, k and v are qkv's outputs in a row
         links, last_writer = [Link("patch_embed")], "patch_embed"
         for i in range(len(self.blocks)):
@@ -643,20 +649,25 @@ class LLaMA(nn.Module):
         cache: [None] * depth at first; each call appends its tokens' rotated keys and values, one
         pair per block, each B×kv_heads×(P+N)×d.
         """
-        count = tokens.shape[1]
+        return self.read(self.embed(tokens), positions, mask, cache)
+
+    def read(
+        self, x: Tensor, positions: Tensor | None, mask: Tensor | None, cache: list | None
+    ) -> Tensor:
+        """As `features`, from the vectors that stand for the tokens, B×N×C."""
+        count = x.shape[1]
         past = 0 if cache is None or cache[0] is None else cache[0][0].shape[2]
         if positions is None:
-            positions = torch.arange(past, past + count, device=tokens.device)[None]
+            positions = torch.arange(past, past + count, device=x.device)[None]
         if mask is None and past and count > 1:  # is_causal knows of no past
-            seen = torch.ones(count, past + count, dtype=torch.bool, device=tokens.device)
+            seen = torch.ones(count, past + count, dtype=torch.bool, device=x.device)
             mask = seen.tril(past)
         # Angles need float32. `model.to(torch.bfloat16)` would round frequencies kept in a buffer,
         # so they are computed per call.
         base, scaling = self.config["rope_base"], self.config["rope_scaling"]
-        frequencies = rotary_frequencies(self.head_dim, base, scaling, tokens.device)
+        frequencies = rotary_frequencies(self.head_dim, base, scaling, x.device)
         angles = positions[:, None, :, None] * frequencies  # B×1×N×d/2
         rotation = angles.cos(), angles.sin()
-        x = self.embed(tokens)  # B N C
         for i, block in enumerate(self.blocks):
             x, present = block(x, rotation, mask, None if cache is None else cache[i])
             if cache is not None:
@@ -703,18 +714,126 @@ class LLaMA(nn.Module):
         return links
 
 
-def generate(model: LLaMA, prompt: list[int], count: int, stop: int | None = None) -> list[int]:
+# ---------------------------------------------------------------------------------------- LLaVA
+
+
+class Projector(nn.Module):
+    """Two layers with a GELU between, from the patches' channels to the LLaMA's."""
+
+    def __init__(self, inputs: int, dim: int):
+        super().__init__()
+        self.fc1 = nn.Linear(inputs, dim)
+        self.fc2 = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class LLaVA(LLaMA):
+    """LLaVA-1.5 (Liu et al. 2024): a LLaMA that reads pictures where they stand in its text.
+
+    A ViT without its class token, last norm and head gives vectors of patches, the projector brings
+    them to the LLaMA's width, and they take the places of the tokens `picture`: each picture has
+    `places` of them in a row. All else, positions, masks and the cache, is the LLaMA's.
+    tower: the ViT's arguments, without outputs. LLaVA-1.5 reads its CLIP before the last block: the
+    tower ends with the block that is read.
+    pool: p×p neighbouring patches are read as one, side by side; 1 in LLaVA-1.5, more as in
+    Qwen2-VL. numbers: LLaMA's arguments. Raises ValueError if all these do not fit together.
+    """
+
+    def __init__(self, tower: dict, picture: int, pool: int = 1, **numbers) -> None:
+        super().__init__(**numbers)
+        if not 0 < tower["depth"] <= 1000:
+            raise ValueError(f"no tower has {tower['depth']} blocks")
+        self.config |= dict(tower=tower, picture=picture, pool=pool)
+        self.tower = ViT(outputs=1, **tower)
+        self.tower.norm = self.tower.head = nn.Identity()
+        self.side = tower["image_size"] // tower["patch"]
+        if self.side % pool or not 0 <= picture < numbers["vocab"]:
+            raise ValueError(
+                f"{self.side} patches a side are to be read {pool} at a time, and token {picture} "
+                f"of {numbers['vocab']} is to stand for them"
+            )
+        self.picture, self.pool, self.places = picture, pool, (self.side // pool) ** 2
+        self.projector = Projector(tower["dim"] * pool**2, numbers["dim"])
+        initialise(self.projector, std=numbers["dim"] ** -0.5)
+
+    def see(self, images: Tensor) -> Tensor:
+        """Normalised pixels, K×3×H×W → what stands for the pictures in a text, K×places×C."""
+        patches = self.tower.stream(images)[:, 1:].unflatten(1, (self.side, -1))
+        return self.projector(to_windows(patches, self.pool).flatten(2))
+
+    def features(
+        self,
+        tokens: Tensor,
+        positions: Tensor | None = None,
+        mask: Tensor | None = None,
+        cache: list | None = None,
+        images: Tensor | None = None,
+    ) -> Tensor:
+        """As LLaMA's, with `images`, K×3×H×W, in the order in which they stand in the tokens.
+
+        A text of the batch may have any number of pictures, or none. Without images the tokens
+        `picture` are tokens as any other. Raises ValueError if K pictures do not fill their places.
+        """
+        x = self.embed(tokens)
+        if images is not None:
+            place = tokens == self.picture
+            if (count := place.sum()) != len(images) * self.places:
+                raise ValueError(f"{len(images)} pictures do not fill {count} places in the text")
+            x = x.masked_scatter(place[..., None], self.see(images).to(x.dtype))
+        return self.read(x, positions, mask, cache)
+
+    def forward(self, tokens: Tensor, *options: Tensor | list | None, **named) -> Tensor:
+        """As `features`, then the head: logits, B×N×V."""
+        return self.head(self.features(tokens, *options, **named))
+
+    def links(self, tower: bool = False, projector: bool = True) -> list[Link]:
+        """LLaMA's links; with `tower` the ViT's too; with `projector` also [us]:
+
+        layer          anterior                                    between
+        projector.fc1  last writer: with `tower`, the ViT's last   the stream, no norm; each channel
+                       fc2, else none                              repeated for the pooled patches
+        projector.fc2  projector.fc1                               GELU
+        block 0's      last writer: projector.fc2, which LLaMA     norm
+        q, k, v_proj   alone does not have
+
+        Tokens stand in block 0's stream too, which the projector did not write, as in a ViT the
+        class token. A part that is frozen or trained whole is left out, and its γ with it: without
+        the projector nothing reads the tower's last γ, and block 0's q, k and v read none.
+        """
+        links = []
+        if tower:
+            links += [
+                Link(f"tower.{layer}", anterior and f"tower.{anterior}", index)
+                for layer, anterior, index in self.tower.links()
+            ]
+        if projector:
+            last, dim = links[-1].layer if tower else None, self.config["tower"]["dim"]
+            index = [*range(dim)] * self.pool**2 if tower and self.pool > 1 else None
+            links.append(Link("projector.fc1", last, index))
+            links.append(Link("projector.fc2", "projector.fc1"))
+        writer = "projector.fc2" if projector else None
+        for layer, anterior, index in super().links():
+            first = anterior is None and layer.startswith("blocks.0.attn.")
+            links.append(Link(layer, writer if first else anterior, index))
+        return links
+
+
+def generate(
+    model: LLaMA, prompt: list[int], count: int, stop: int | None = None, **shown: Tensor
+) -> list[int]:
     """Greedy decoding: up to `count` tokens that follow the prompt, the likeliest each time.
 
     The text ends before the token `stop`. The prompt has one token or more; whether it fits the
-    model's context is the caller's concern.
+    model's context is the caller's concern. shown: a LLaVA's `images`, read with the prompt.
     """
-    return generate_batch(model, [prompt], count, stop)[0]
+    return generate_batch(model, [prompt], count, stop, **shown)[0]
 
 
 @torch.no_grad()
 def generate_batch(
-    model: LLaMA, prompts: list[list[int]], count: int, stop: int | None = None
+    model: LLaMA, prompts: list[list[int]], count: int, stop: int | None = None, **shown: Tensor
 ) -> list[list[int]]:
     """`generate` for several prompts at once: per prompt the tokens that it has alone."""
     longest, device = max(map(len, prompts)), model.embed.weight.device
@@ -728,7 +847,8 @@ def generate_batch(
     ended = torch.zeros_like(padding, dtype=torch.bool)
     for _ in range(count):
         own = None if real.all() else mask[:, None]
-        z = model.features(x, places.clamp(min=0), own, cache)[:, -1]
+        z = model.features(x, places.clamp(min=0), own, cache, **shown)[:, -1]
+        shown = {}  # the cache has seen them
         x = model.head(z).argmax(-1, keepdim=True)  # B×1
         ended |= x[:, 0] == stop
         if ended.all():
@@ -755,6 +875,13 @@ def initialise(model: nn.Module, std: float = 0.02) -> None:
 # LLaMA's config but for `vocab`, which the tokenizer gives. It is pre-trained on 128 tokens at a
 # time; rotary positions allow more, and the real tasks spelled in bytes need it.
 LLAMA_MICRO = dict(dim=128, depth=4, heads=4, kv_heads=2, hidden=384, context=2048)
+
+# LLaVA's, but for `vocab` and `picture`: vit_micro is the tower, 4 of its patches are read as one
+LLAVA_MICRO = dict(
+    tower=dict(image_size=32, patch=4, dim=96, depth=4, heads=3),
+    pool=2,
+    **LLAMA_MICRO | dict(context=512),
+)
 
 # name: class, image size it is made for, and its config, the class's other arguments
 SIZES = {

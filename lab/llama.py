@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lab import gguf, saved
 from lab.checkpoints import describe, rename, require
-from models import LLaMA
+from models import LLaMA, LLaVA
 
 # Hugging Face's names and ours, as in checkpoints.py
 NAMES = [
@@ -144,16 +144,27 @@ def load_llama(source: str | Path, dtype: torch.dtype = torch.float32) -> LLaMA:
     return model
 
 
-def without_weights(numbers: Callable[[], dict], described: Path) -> LLaMA:
+def without_weights(
+    numbers: Callable[[], dict], described: Path, kind: type[LLaMA] = LLaMA
+) -> LLaMA:
     """The model of these numbers, which the file `described` gives; its weights take no memory."""
     try:
-        arguments = saved.require(numbers(), saved.NUMBERS)
+        arguments = saved.require(numbers(), saved.NUMBERS, saved.SEEING)
         with torch.device("meta"):
-            return LLaMA(**arguments)
+            return kind(**arguments)
     except KeyError as error:
         raise OSError(f"{described} has no entry {error}; fetch it again") from error
     except Exception as error:  # a text where a number belongs, a size that torch refuses
         raise ValueError(f"{described}: {' '.join(str(error).split())}") from error
+
+
+def dtype_of(name: str, dtype: torch.dtype) -> torch.dtype:
+    """What a weight is kept in where `dtype` is asked for: float32 at least for what is trained.
+
+    Those are the norms, as precise as γ, and a LLaVA's projector, with the tower that it reads.
+    """
+    wide = "norm" in name or name.startswith(("projector.", "tower."))
+    return torch.promote_types(dtype, torch.float32) if wide else dtype
 
 
 def fill(
@@ -177,9 +188,8 @@ def fill(
                 f"{of_another}{key} ({describe(value)} in the file, {describe(own.get(name))} in "
                 "the model)"
             )
-        wide = torch.promote_types(dtype, torch.float32)
         # a copy always: safetensors gives the file itself, mapped into memory
-        value = value.to(wide if "norm" in name else dtype, copy=True)
+        value = value.to(dtype_of(name, dtype), copy=True)
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, nn.Parameter(value))
         del missing[name]
@@ -331,9 +341,12 @@ def gguf_tokenizer(path: Path) -> tuple[Any, dict, int | None]:
 def export(model: LLaMA, tokenizer: Any, folder: Path) -> None:
     """Write a plain model as a folder that transformers loads, whole or not at all; say so.
 
-    Without safetensors it says what to install, and a tokenizer that no other program knows is
-    left out, which it says too. Every weight keeps its type. Raises OSError.
+    Without safetensors it says what to install; a LLaVA, and a tokenizer that no other program
+    knows, are left out, which it says too. Every weight keeps its type. Raises OSError.
     """
+    if isinstance(model, LLaVA):
+        print(f"left out: {folder}, the model for other programs; none has a form for our LLaVA")
+        return
     if not importlib.util.find_spec("safetensors"):
         print(f"left out: {folder}, the model for other programs; pip install safetensors")
         return

@@ -154,12 +154,16 @@ def adapt(model: nn.Module, method: str, args: argparse.Namespace) -> None:
     """Freeze what `method` does not train and add what it does.
 
     A classifier's new head is trained by every method; a LLaMA's head is pre-trained, as the rest.
+    A LLaVA is a LLaMA whose projector is trained by every method and whose tower is frozen, as in
+    the reference code; with args.tower the tower is adapted as the rest is, on all linked layers.
+    With args.blind it reads no pictures, and neither of the two is trained.
 
     The base's own parameters:
     linear      the head, and a LLaMA's last norm (where head and embedding are one matrix, that)
     norm        the norms (Zhao et al. 2024)
     bias        the biases (Zaken et al. 2022)
     full        all
+    projector   a LLaVA's projector alone, its first stage of pre-training
     Beside a frozen base:
     vpt         args.prompts tokens before every block of a ViT (Jia et al. 2022)
     lora, dora  LoRALayer, DoRALayer on the linked layers, of a LLaMA on its LOW_RANK layers; the
@@ -179,16 +183,24 @@ def adapt(model: nn.Module, method: str, args: argparse.Namespace) -> None:
     γ of hyperadapt and SAN's kinds at N(1, args.gamma_std). SSF's own code has 0.02 there [S].
     Raises ValueError for vpt on another model than a ViT.
     """
-    links = [] if method in UNLINKED else links_of(model, args.wiring)
-    is_llama = isinstance(model, models.LLaMA)
+    is_llama, sees = isinstance(model, models.LLaMA), isinstance(model, models.LLaVA)
+    if sees:
+        links = model.links(tower=args.tower, projector=False)
+    else:
+        links = [] if method in UNLINKED else links_of(model, args.wiring)
     like_san = method.startswith("san") or method in ("ssf", "hyperadapt")
+    frozen = ("tower.",) if sees and not args.tower else ()
+    frozen += ("projector.",) if sees and args.blind else ()
     trained = [] if is_llama else ["head"]
+    trained += ["projector"] if sees and not args.blind else []
     if method == "linear" and is_llama:
-        trained = ["norm", "head"]
+        trained += ["norm", "head"]
     elif method == "norm" or (like_san and args.norms):
         norm_types = (nn.LayerNorm, models.RMSNorm)
-        trained += [name for name, m in model.named_modules() if isinstance(m, norm_types)]
-    model.requires_grad_(method == "full")
+        norms = [name for name, m in model.named_modules() if isinstance(m, norm_types)]
+        trained += [name for name in norms if not name.startswith(frozen)]
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(method == "full" and not name.startswith(frozen))
     for name in trained:
         model.get_submodule(name).requires_grad_(True)
     if like_san:
@@ -197,7 +209,8 @@ def adapt(model: nn.Module, method: str, args: argparse.Namespace) -> None:
         add_ia3(model, links, trained)
     elif method == "bias":
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(name.endswith(".bias") or parameter.requires_grad)
+            own = name.endswith(".bias") and not name.startswith(frozen)
+            parameter.requires_grad_(own or parameter.requires_grad)
     elif method == "vpt":
         if not isinstance(model, models.ViT):
             raise ValueError(f"vpt prompts a ViT's tokens, and this is a {type(model).__name__}")
@@ -206,7 +219,7 @@ def adapt(model: nn.Module, method: str, args: argparse.Namespace) -> None:
     if method.endswith(("lora", "dora")):
         layer_type = DoRALayer if method.endswith("dora") else LoRALayer
         for name in (link.layer for link in links):
-            if not is_llama or name.endswith(LOW_RANK):
+            if not is_llama or name.endswith(LOW_RANK) or name.startswith("tower."):
                 wrap(model, name, layer_type, args.rank, args.alpha or args.rank)
 
 

@@ -49,7 +49,7 @@ TEXT, FLAG, ENTRIES, STATE = "a text", "true or false", "entries by name", "fini
 NUMBER, AMOUNT, POSITIVE = "a number", "a number, 0 or more", "a number above 0"
 COUNT, FROM_0, SHARE = "a whole number above 0", "a whole number, 0 or more", "a share, 0 … 1"
 TEXTS, COUNTS, HITS = "texts in a list", "whole numbers above 0 in a list", "a text of `pack`"
-PART = "search or test"
+PART, COUNTED = "search or test", "whole numbers above 0 by name"
 KINDS = {
     TEXT: lambda v: isinstance(v, str),
     FLAG: lambda v: isinstance(v, bool),
@@ -67,26 +67,27 @@ KINDS = {
 KINDS |= {TEXTS: each(KINDS[TEXT]), COUNTS: each(KINDS[COUNT])}
 KINDS |= {"a text or texts in a list": lambda v: KINDS[TEXT](v) or KINDS[TEXTS](v)}
 KINDS |= {"texts of `pack` by name": lambda v: KINDS[ENTRIES](v) and all(map(is_hits, v.values()))}
+KINDS |= {COUNTED: lambda v: KINDS[ENTRIES](v) and all(map(KINDS[COUNT], v.values()))}
 KINDS |= {"shares by name": lambda v: KINDS[ENTRIES](v) and all(map(KINDS[SHARE], v.values()))}
 
 # ------------------------------------------------------------------------------ what files hold
 
 # config.json, and a checkpoint's settings: the flags of both scripts
 CONFIG = {
-    **dict.fromkeys(("dataset", "task", "data_dir", "data", "dtype"), TEXT),
+    **dict.fromkeys(("dataset", "task", "data", "dtype"), TEXT),
     **dict.fromkeys(("method", "mode", "wiring", "device", "out"), TEXT),
-    **dict.fromkeys(("protocol", "weights", "evaluate"), f"{TEXT} or null"),
+    **dict.fromkeys(("protocol", "weights", "evaluate", "data_dir"), f"{TEXT} or null"),
     **dict.fromkeys(("train_file", "score", "ask"), f"{TEXT} or null"),
     **dict.fromkeys(("model", "tasks"), TEXTS),
     **dict.fromkeys(("methods", "table", "plot"), f"{TEXTS} or null"),
     **dict.fromkeys(("shift", "norms", "pretrain", "ablation", "compile"), FLAG),
-    **dict.fromkeys(("amp", "recompute", "resume", "compare"), FLAG),
+    **dict.fromkeys(("amp", "recompute", "resume", "compare", "tower", "blind"), FLAG),
     **dict.fromkeys(("prompts", "rank", "epochs", "batch_size", "accumulate"), COUNT),
     **dict.fromkeys(("shots", "test_shots", "image_size"), f"{COUNT} or null"),
     **dict.fromkeys(("workers", "seed", "seeds"), FROM_0),
     **dict.fromkeys(("gamma_std", "weight_decay", "warmup_epochs"), AMOUNT),
     "lr": POSITIVE,
-    "alpha": f"{POSITIVE} or null",
+    **dict.fromkeys(("alpha", "projector_lr"), f"{POSITIVE} or null"),
 }
 # metrics.jsonl: a line for each epoch, then the result. A checkpoint has such epochs too
 EPOCH = {"epoch": COUNT, "loss": NUMBER, "val": f"{SHARE} or null"}
@@ -102,13 +103,14 @@ MAYBE |= {
     "parts_norm": "shares by name",
     "parts_right": "texts of `pack` by name",
 }
-# merged.pt and model.pt, of train_vision or of train_lm, and the latter's LLaMA
+# merged.pt and model.pt, of train_vision or of train_lm, and the latter's LLaMA, or LLaVA
 MODEL = {"state_dict": STATE}
 MODEL |= {"model": TEXT, "factors": COUNTS, "image_size": COUNT}
 MODEL |= {"numbers": ENTRIES, "tokenizer": "a text or texts in a list"}
 NUMBERS = {**dict.fromkeys(("vocab", "dim", "depth", "heads", "kv_heads"), COUNT), "tied": FLAG}
 NUMBERS |= {"hidden": COUNT, "context": COUNT, "head_dim": f"{COUNT} or null"}
 NUMBERS |= {"eps": POSITIVE, "rope_base": POSITIVE, "rope_scaling": f"{ENTRIES} or null"}
+SEEING = {"tower": COUNTED, "picture": FROM_0, "pool": COUNT}
 # checkpoint.pt; a mean of parameters too, where there is one
 CHECKPOINT = {"settings": ENTRIES, "model": STATE, "optimizer": ENTRIES}
 
@@ -202,7 +204,7 @@ def results(path: Path) -> list[dict]:
             if line["part"] == "test":
                 require(line, SCORED)
             tasks = line["options"].get("tasks", [line["task"]])
-            parts = [line[key] for key in ("parts", "parts_norm", "parts_right") if key in line]
+            parts = [line[key] for key in ("parts", "parts_norm") if key in line]
             if not (KINDS[TEXTS](tasks) and all(t in own for own in parts for t in tasks)):
                 raise ValueError(f"its parts are not those of its tasks, {described(tasks)}")
         return lines
