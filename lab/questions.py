@@ -88,7 +88,8 @@ class Question(NamedTuple):
     """A prompt, how the answer begins, the options, which of them is right, and how the text ends.
 
     The text of an option is prompt + lead + option + rest. `rest` is empty but where the options
-    fill a blank.
+    fill a blank. picture: the number of the picture that is asked about, if any. worth: what each
+    option is worth, 0 … 1, where it is not 1 for the right one and 0 for others.
     """
 
     prompt: str
@@ -96,6 +97,8 @@ class Question(NamedTuple):
     options: tuple[str, ...]
     answer: int
     rest: str = ""
+    picture: int | None = None
+    worth: tuple[float, ...] = ()
 
     @property
     def output(self) -> str:
@@ -124,11 +127,12 @@ class Question(NamedTuple):
 
 
 class Questions(NamedTuple):
-    """The questions of each split by task."""
+    """The questions of each split by task; pictures[numbers] gives bytes, B×3×H×W, if any do."""
 
     train: dict[str, list[Question]]
     val: dict[str, list[Question]]
     test: dict[str, list[Question]]
+    pictures: Any = None
 
 
 def load_questions(
@@ -383,13 +387,13 @@ def collate(batch: list[tuple[list[int], int]]) -> tuple[Tensor, Tensor]:
     return inputs, labels
 
 
-def token_loss(model: nn.Module, tokens: Tensor, labels: Tensor) -> Tensor:
+def token_loss(model: nn.Module, tokens: Tensor, labels: Tensor, **shown: Tensor) -> Tensor:
     """Mean cross-entropy of the labels that are not IGNORE; the head reads those places alone.
 
-    What stands to the right of all of them is left unread.
+    What stands to the right of all of them is left unread. shown: a LLaVA's `images`.
     """
     longest = (labels != IGNORE).any(0).nonzero().max() + 1
     tokens, labels = tokens[:, :longest], labels[:, :longest]
     asked = labels != IGNORE
-    logits = model.head(model.features(tokens)[asked])
+    logits = model.head(model.features(tokens, **shown)[asked])
     return F.cross_entropy(logits.float(), labels[asked])

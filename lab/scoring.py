@@ -23,11 +23,16 @@ TOKENS = 1024  # scored at once at most, with padding; a CPU gains nothing from 
 PADDED = 1.2  # in a batch the longest is at most so many times as long as the shortest
 
 
-def hits(scores: Tensor, questions: list[Question]) -> Tensor:
-    """Which answers are right; a tie, as between options none of which is named, is wrong."""
+def chosen(scores: Tensor) -> Tensor:
+    """Each question's option with the largest score; −1 if several have it, as if none is named."""
     best = scores.max(1)
-    alone = (scores == best.values[:, None]).sum(1) == 1
-    return (best.indices == torch.tensor([question.answer for question in questions])) & alone
+    tied = (scores == best.values[:, None]).sum(1) > 1
+    return best.indices.masked_fill(tied, -1)
+
+
+def hits(scores: Tensor, questions: list[Question]) -> Tensor:
+    """Which answers are right; where several options are the likeliest, none is."""
+    return chosen(scores) == torch.tensor([question.answer for question in questions])
 
 
 def accuracy(scores: Tensor, questions: list[Question]) -> float:
@@ -54,9 +59,11 @@ def answer(
     questions: list[Question],
     tokenizer: Tokenizer,
     args,
+    show: Callable[[list[Question]], dict[str, Tensor]] = lambda asked: {},
 ) -> Tensor:
     """A score for every option, questions×(most options); the largest is the model's answer.
 
+    show: what a LLaVA reads beside the tokens of some questions, their `images`.
     With --score generate the named option has 1, the others 0, and all have 0 if none is named.
     """
     model.eval()
@@ -65,7 +72,8 @@ def answer(
         if args.score == "generate":
             prompts = [len(question.prompt) for question in questions]
             for some in batched(prompts, lambda own: len(own) <= args.batch_size):
-                said = speak_batch(model, tokenizer, [questions[i] for i in some])
+                own = [questions[i] for i in some]
+                said = speak_batch(model, tokenizer, own, **show(own))
                 for i, text in zip(some, said):
                     scores[i, : len(questions[i].options)] = 0
                     if (named := first_named(text, questions[i].options)) >= 0:
@@ -74,7 +82,8 @@ def answer(
             return scores
         branches = [branch(question, tokenizer) for question in questions]
         for some in batched([own.length for own in branches], little):
-            values = likelihoods(model, [branches[i] for i in some], args.device).cpu()
+            shown = show([questions[i] for i in some])
+            values = likelihoods(model, [branches[i] for i in some], args.device, **shown).cpu()
             scores[some, : values.shape[1]] = values
             bar.update(len(some))
     return scores
@@ -120,7 +129,9 @@ def branch(question: Question, tokenizer: Tokenizer) -> Branch:
 
 
 @torch.no_grad()
-def likelihoods(model: nn.Module, branches: list[Branch], device: torch.device) -> Tensor:
+def likelihoods(
+    model: nn.Module, branches: list[Branch], device: torch.device, **shown: Tensor
+) -> Tensor:
     """log p(what is scored | what is read) of every option, B×(most options).
 
     A question is one row: the shared tokens once, then every tail at the place it would have alone,
@@ -147,7 +158,8 @@ def likelihoods(model: nn.Module, branches: list[Branch], device: torch.device) 
     row, before, token, option = torch.tensor(asked, device=device).T
     # many tails begin at the same place: the head reads it once
     where, which = torch.unique(row * tokens.shape[1] + before, return_inverse=True)
-    logits = model.head(model.features(tokens, place, mask).flatten(0, 1)[where]).float()
+    features = model.features(tokens, place, mask, **shown)
+    logits = model.head(features.flatten(0, 1)[where]).float()
     picked = logits[which, token] - logits.logsumexp(-1)[which]
     options = max(len(tails) for _, tails, _ in branches)
     sums = picked.new_zeros(len(branches), options)
@@ -172,16 +184,19 @@ def first_named(text: str, options: Iterable[str]) -> int:
     return min(found)[2] if found else -1
 
 
-def speak(model: nn.Module, tokenizer: Tokenizer, question: Question) -> str:
+def speak(model: nn.Module, tokenizer: Tokenizer, question: Question, **shown: Tensor) -> str:
     """The model's own answer, the likeliest token each time."""
     prompt = tokenizer.encode(question.prompt)
-    return tokenizer.decode(models.generate(model, prompt, ANSWER_TOKENS, tokenizer.end)).strip()
+    said = models.generate(model, prompt, ANSWER_TOKENS, tokenizer.end, **shown)
+    return tokenizer.decode(said).strip()
 
 
-def speak_batch(model: nn.Module, tokenizer: Tokenizer, questions: list[Question]) -> list[str]:
+def speak_batch(
+    model: nn.Module, tokenizer: Tokenizer, questions: list[Question], **shown: Tensor
+) -> list[str]:
     """`speak` for several questions at once."""
     prompts = [tokenizer.encode(question.prompt) for question in questions]
-    said = models.generate_batch(model, prompts, ANSWER_TOKENS, tokenizer.end)
+    said = models.generate_batch(model, prompts, ANSWER_TOKENS, tokenizer.end, **shown)
     return [tokenizer.decode(tokens).strip() for tokens in said]
 
 

@@ -248,13 +248,13 @@ def print_tables(args: argparse.Namespace) -> None:
 def for_each_task(lines: list[dict]) -> list[dict]:
     """Lines of which each is of one task: one of several tasks, learned together, becomes several.
 
-    test, test_norm and right are then the task's own; all else is the run's.
+    test, test_norm and, where it is told, right are then the task's own; all else is the run's.
     """
     own = {"test": "parts", "test_norm": "parts_norm", "right": "parts_right"}
     return [
         line
         | {"task": task}
-        | {key: line[parts][task] for key, parts in own.items() if parts in line}
+        | {key: line[parts][task] for key, parts in own.items() if task in line.get(parts, {})}
         for line in lines
         for task in line["options"].get("tasks", [line["task"]])
     ]

@@ -455,8 +455,8 @@ def test_microworlds_questions_are_its_splits_and_shots_take_some_of_them():
     loaded = questions.load_questions("microworld", ["piqa", "boolq"])
     few = questions.load_questions("microworld", ["piqa", "boolq"], shots=10)
     for task in ("piqa", "boolq"):
-        sizes = [len(part[task]) for part in loaded]
-        assert sizes == [800, 200, 500] and [len(part[task]) for part in few] == [8, 2, 500]
+        sizes = [len(part[task]) for part in loaded[:3]]
+        assert sizes == [800, 200, 500] and [len(part[task]) for part in few[:3]] == [8, 2, 500]
         assert {*few.train[task]} < {*loaded.train[task]} and {*few.val[task]} < {*loaded.val[task]}
         assert few.test == loaded.test
 
