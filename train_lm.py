@@ -1,14 +1,16 @@
-"""Adapt a LLaMA with SAN, or with what people use instead, and compare.
+"""Adapt a LLaMA, or a LLaVA on pictures, with SAN or what people use instead, and compare.
 
-Five ways to use it:
+Six ways to use it:
     python train_lm.py                              # microworld, shipped weights, two CPU cores
     python train_lm.py --weights DIR --data DIR     # a real checkpoint, the eight tasks, one GPU
+    python train_lm.py --data scenes                # questions about pictures, a small LLaVA
     python train_lm.py --compare                    # linear, full, LoRA, DoRA, SSF, SAN, …
     python train_lm.py --table runs/…/results.jsonl # the tables of what has been measured
     python train_lm.py --evaluate runs/…            # score a saved run again
 """
 
 import argparse
+import functools
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,19 +23,12 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import models
 import san
-from lab import llama, loop, methods, microworld, paired, questions, saved, tables
-from lab.questions import (
-    IGNORE,
-    LlamaTokenizer,
-    Questions,
-    Tokenizer,
-    collate,
-    encode,
-    token_loss,
-)
-from lab.scoring import ABSENT, accuracy, answer, branch, guesses, hits, mean, per_character, speak
+from lab import llama, llava, loop, methods, microworld, paired, questions, saved, tables, visual
+from lab.questions import IGNORE, LlamaTokenizer, Questions, Tokenizer, encode
+from lab.scoring import ABSENT, accuracy, answer, branch, guesses, mean, per_character, speak
 
 WEIGHTS = Path(__file__).parent / "weights" / "llama_micro.pt"
+SEEING = WEIGHTS.with_name("llava_micro.pt")
 # [us] --compare's rows, each with as many learning rates to choose from
 OF_VECTORS, OF_MATRICES = (1e-3, 3e-3, 1e-2, 3e-2), (3e-4, 1e-3, 3e-3, 1e-2)
 LEARNING_RATES = {
@@ -66,14 +61,19 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     add = p.add_argument
-    add("--data", default="microworld", help="or a folder with <task>/train.json and test.json")
+    add(
+        "--data",
+        default="microworld",
+        help="or scenes, easy-vqa, a folder with <task>/train.json and test.json, or a folder with "
+        "train.json and test.json in LLaVA's own JSON",
+    )
     names = ", ".join(questions.EIGHT)
     add(
         "--tasks",
         nargs="+",
-        default=list(questions.EIGHT),
         metavar="TASK",
-        help=f"of {names}; corpus: microworld's text itself, for pre-training",
+        help=f"of {names}; corpus: microworld's text itself, for pre-training; of scenes the seven "
+        "sets, or captions and descriptions for pre-training; by default all tasks of the data",
     )
     add("--train-file", help="train on this file in place of every train.json")
     add("--shots", type=loop.positive, help="labelled questions of a task, with validation's")
@@ -90,13 +90,19 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
         choices=["words", "options"],
         help="score each option's own words, the default with likelihood, or the numbers of a list",
     )
-    loop.add_flags(p, METHODS, LEARNING_RATES, epochs=5, batch=32)
+    visual.add_flags(p)
+    loop.add_flags(p, [*METHODS, "projector"], LEARNING_RATES, "by default 5, of scenes 3", 32)
     args = p.parse_args(words)
+    p.set_defaults(epochs=3 if args.data == "scenes" else 5)
+    args.epochs = args.epochs or p.get_default("epochs")
     given = loop.given(p, args)
     loop.check_flags(p, args, args.compare)
     if args.methods and not args.compare:
         p.error("--methods names those of --compare; a run has one --method")
-    args.tasks = list(dict.fromkeys(args.tasks))
+    visual.check_flags(p, args)
+    seeing = visual.is_visual(args.data)
+    tasks = visual.tasks_of(args.data) if seeing else questions.EIGHT
+    args.tasks = list(dict.fromkeys(args.tasks or tasks))
     corpus = args.tasks == ["corpus"]
     if "corpus" in args.tasks and (not corpus or args.data != "microworld" or args.compare):
         p.error("--tasks corpus stands alone, with microworld and one method")
@@ -109,8 +115,8 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
         args.score = "likelihood"
     if args.ask is None and (args.score == "generate" or not args.evaluate):
         args.ask = "options" if args.score == "generate" else "words"
-    if args.data == "microworld" and not args.evaluate:
-        args.ask = "options"  # its lists have the options' own words
+    if (args.data == "microworld" or seeing) and not args.evaluate:
+        args.ask = "options"  # their lists have the options' own words
     trained = (args.methods or METHODS) if args.compare else [args.method]
     if args.dtype != "float32" and {"linear", "full"} & {*trained}:
         p.error("linear and full train the weights themselves; give --dtype float32")
@@ -123,19 +129,26 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
 # ------------------------------------------------------------------------------ model, tokenizer
 
 
+def default_weights(args: argparse.Namespace) -> Path:
+    return Path(args.weights or (SEEING if visual.is_visual(args.data) else WEIGHTS))
+
+
 def load_model(args: argparse.Namespace) -> tuple[models.LLaMA, Tokenizer | LlamaTokenizer]:
     """The base model with its weights, on the device, and the tokenizer that goes with it."""
     torch.manual_seed(args.seed)  # of the weights, where there are none to load
-    path, dtype = Path(args.weights or WEIGHTS), getattr(torch, args.dtype)
+    path, dtype = default_weights(args), getattr(torch, args.dtype)
     if args.weights == "smollm2" and not path.exists():
         path = llama.smollm2()
-    if args.weights == "none":
+    if args.weights == "none" and visual.is_visual(args.data):
+        tokenizer = visual.scenes_tokenizer()
+        model = visual.untrained(tokenizer)
+    elif args.weights == "none":
         tokenizer = questions.microworld_tokenizer()
         model = models.LLaMA(len(tokenizer), **models.LLAMA_MICRO)
     elif not path.exists():
         raise OSError(f"--weights: there is no file {path}, and no such folder")
     elif path.is_dir() or path.suffix == ".gguf":
-        model, tokenizer = llama.load_llama(path, dtype), LlamaTokenizer(path)
+        model, tokenizer = llava.load(path, dtype), LlamaTokenizer(path)
     else:
         content = san.read(path)
         try:
@@ -150,8 +163,8 @@ def load_model(args: argparse.Namespace) -> tuple[models.LLaMA, Tokenizer | Llam
         require_together(model, tokenizer)
     except ValueError as error:
         raise ValueError(f"--weights {path}: {error}") from error
-    for name, parameter in model.named_parameters():  # norms are trained: as precise as γ
-        parameter.data = parameter.data.to(torch.float32 if "norm" in name else dtype)
+    for name, parameter in model.named_parameters():
+        parameter.data = parameter.data.to(llama.dtype_of(name, dtype))
     return model.to(args.device), tokenizer
 
 
@@ -163,10 +176,10 @@ def restored(
     pieces: those of our tokenizer, or the address of a checkpoint's. Raises ValueError, and OSError
     if that is missing.
     """
-    saved.require(numbers, saved.NUMBERS)
+    saved.require(numbers, saved.NUMBERS, saved.SEEING)
     try:
         with torch.device("meta"):  # names and shapes, no memory
-            model = models.LLaMA(**numbers)
+            model = (models.LLaVA if "tower" in numbers else models.LLaMA)(**numbers)
         model.load_state_dict(state, assign=True)
     except Exception as error:  # a scaling of positions may hold anything
         raise ValueError(f"it is broken: {' '.join(str(error).split())[:200]}") from error
@@ -191,7 +204,7 @@ def names_of(args: argparse.Namespace) -> tuple[str, str]:
     task = "corpus" if corpus else Path(args.data).resolve().name
     if args.weights == "none":
         return task, "untrained"
-    path = Path(args.weights or WEIGHTS).resolve()
+    path = default_weights(args).resolve()
     if path.name in ("model.pt", "merged.pt", "merged"):  # of a run: its folder's name says more
         path = path.parent
     return task, path.name.removesuffix(".pt").removesuffix(".gguf")
@@ -203,7 +216,7 @@ def names_of(args: argparse.Namespace) -> tuple[str, str]:
 class Job(NamedTuple):
     """What a model is trained on and how it is scored."""
 
-    loader: DataLoader  # of (tokens, labels), both B×N
+    loader: DataLoader  # of (tokens, labels), both B×N; and with pictures, bytes B×3×H×W
     validate: Callable[[nn.Module], float]  # accuracy, 0 … 1
     test: Callable[[nn.Module], tuple[Tensor, dict]]  # outputs and accuracies on the test split
 
@@ -214,9 +227,14 @@ def load_job(
     """The job, and its questions; the corpus has none."""
     if args.tasks == ["corpus"]:
         return corpus_job(tokenizer, args), None
-    asked = questions.load_questions(
-        args.data, args.tasks, args.train_file, args.shots, args.ask, args.test_shots
-    )
+    if visual.is_visual(args.data):
+        if not args.blind:
+            visual.require_token(model, tokenizer)
+        asked = visual.load(args, model)
+    else:
+        asked = questions.load_questions(
+            args.data, args.tasks, args.train_file, args.shots, args.ask, args.test_shots
+        )
     print(
         f"{args.data}: {sum(map(len, asked.train.values()))} training, "
         f"{sum(map(len, asked.val.values()))} validation and "
@@ -243,25 +261,37 @@ def questions_job(
                     f"{task}, question {i}: prompt and answer of {length} tokens exceed the "
                     f"context of {model.context}; take a model with a longer one, or other --tasks"
                 )
-    encoded = [encode(q, tokenizer) for own in asked.train.values() for q in own]
-    kept = [pair for pair in encoded if len(pair[0]) <= model.context]
+    read, show = visual.collated(asked.pictures), visual.shower(asked.pictures, args.device)
+
+    def encoded_of(split: dict[str, list[questions.Question]]) -> list[tuple]:
+        return [(*encode(q, tokenizer), q.picture) for own in split.values() for q in own]
+
+    encoded = encoded_of(asked.train)
+    kept = [one for one in encoded if len(one[0]) <= model.context]
     if len(kept) < len(encoded):
         print(f"left out: {len(encoded) - len(kept)} training examples beyond the context")
     if not kept:
         raise ValueError(f"no training example fits into the context of {model.context} tokens")
+    loader = DataLoader(kept, args.batch_size, shuffle=True, collate_fn=read)
+    if visual.has_texts(asked):
+        scored = (encoded_of(split) for split in (asked.val, asked.test))
+        return words_job(loader, *(DataLoader(own, 64, collate_fn=read) for own in scored), args)
+
+    def answers(model: nn.Module, own: list[questions.Question]) -> Tensor:
+        return answer(model, own, tokenizer, args, show)
 
     def validate(model: nn.Module) -> float:
-        val = asked.val.values()
-        return mean(accuracy(answer(model, own, tokenizer, args), own) for own in val)
+        val = asked.val.items()
+        return mean(visual.parts(task, answers(model, own), own)[task] for task, own in val)
 
     def test(model: nn.Module) -> tuple[Tensor, dict]:
         """Every option's score, and the accuracies, 0 … 1: each task's and their mean."""
-        scores = {task: answer(model, own, tokenizer, args) for task, own in asked.test.items()}
+        scores = {task: answers(model, own) for task, own in asked.test.items()}
         most = max(s.shape[1] for s in scores.values())
         rows = [F.pad(s, (0, most - s.shape[1]), value=ABSENT) for s in scores.values()]
         return torch.cat(rows), accuracies(scores, asked.test, args)
 
-    return Job(DataLoader(kept, args.batch_size, shuffle=True, collate_fn=collate), validate, test)
+    return Job(loader, validate, test)
 
 
 def accuracies(
@@ -269,12 +299,16 @@ def accuracies(
 ) -> dict:
     """Of scores by task: parts, each task's accuracy, 0 … 1, and test, their mean.
 
-    parts_right tells each task's right answers, as `paired.pack` puts it. With --ask words also
-    parts_norm and test_norm, by log-likelihood `per_character`.
+    parts_right tells each task's right answers, as `paired.pack` puts it, but not of tasks where an
+    answer may be worth a part of 1. POPE has parts more, as `visual.parts` says. With --ask words
+    also parts_norm and test_norm, by log-likelihood `per_character`.
     """
-    parts = {task: accuracy(scores[task], own) for task, own in asked.items()}
-    figures = {"test": mean(parts.values()), "parts": parts}
-    figures["parts_right"] = {t: paired.pack(hits(scores[t], own)) for t, own in asked.items()}
+    parts, right = {}, {}
+    for task, own in asked.items():
+        parts |= visual.parts(task, scores[task], own)
+        if (hits := visual.hits(task, scores[task], own)) is not None:
+            right[task] = paired.pack(hits)
+    figures = {"test": mean(parts[task] for task in asked), "parts": parts, "parts_right": right}
     if args.ask == "words":
         norm = {t: accuracy(per_character(scores[t], own), own) for t, own in asked.items()}
         figures |= {"test_norm": mean(norm.values()), "parts_norm": norm}
@@ -291,21 +325,15 @@ def corpus_job(tokenizer: Tokenizer, args: argparse.Namespace) -> Job:
         tokens = torch.tensor(row[: n * WINDOW + 1])
         return TensorDataset(tokens[:-1].view(n, WINDOW), tokens[1:].view(n, WINDOW))
 
-    @torch.no_grad()
-    def predict(model: nn.Module, split: TensorDataset) -> tuple[Tensor, dict]:
-        """The first batch's logits; accuracy of the next token, 0 … 1, and perplexity."""
-        model.eval()
-        hits, losses, first = [], [], None
-        for tokens, labels in DataLoader(split, 64):
-            logits = model(tokens.to(args.device)).float().cpu()
-            first = logits if first is None else first
-            hits.append((logits.argmax(-1) == labels).float())
-            losses.append(F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none"))
-        perplexity = torch.cat(losses).mean().exp().item()
-        return first, {"test": torch.cat(hits).mean().item(), "perplexity": perplexity}
+    val, test = (DataLoader(windows(n, seed), 64) for n, seed in ((1000, 1), (2000, 2)))
+    return words_job(
+        DataLoader(windows(DOCUMENTS, 0), args.batch_size, shuffle=True), val, test, args
+    )
 
-    val, test = windows(1000, seed=1), windows(2000, seed=2)
-    loader = DataLoader(windows(DOCUMENTS, seed=0), args.batch_size, shuffle=True)
+
+def words_job(loader: DataLoader, val: DataLoader, test: DataLoader, args) -> Job:
+    """Every word of a text is learned, and scored by the share that is predicted right."""
+    predict = functools.partial(visual.next_words, device=args.device)
     return Job(
         loader, lambda model: predict(model, val)[1]["test"], lambda model: predict(model, test)
     )
@@ -325,7 +353,7 @@ def fit(model: nn.Module, job: Job, args: argparse.Namespace, out: Path | None, 
     """Train what requires a gradient: loop.fit on questions, or on the corpus."""
 
     def loss_of(model: nn.Module, batch: tuple) -> Tensor:
-        return token_loss(model, *(x.to(args.device, non_blocking=True) for x in batch))
+        return visual.loss(model, batch, args.device)
 
     def learned(batch: tuple) -> int:
         return (batch[1] != IGNORE).sum().item()
@@ -341,19 +369,25 @@ def train(model: nn.Module, job: Job, args: argparse.Namespace, out: Path | None
 
 def run(args: argparse.Namespace) -> None:
     """One method on all tasks together: load, attach, train, score, merge, save."""
-    args.lr = args.lr or DEFAULT_RATES[args.method]
+    args.lr = args.lr or DEFAULT_RATES.get(args.method, visual.PROJECTOR_RATE)
     task, name = names_of(args)
     model, tokenizer = load_model(args)
     job, asked = load_job(args, model, tokenizer)
     result = {"dataset": task, "model": name, "method": args.method, "seed": args.seed}
+    before, shown, show = {}, {}, visual.shower(asked and asked.pictures, args.device)
+
+    def speech() -> list[str]:
+        return [speak(model, tokenizer, asks, **show([asks])) for asks in shown.values()]
+
     with loop.begin(args, Path(args.out)):
         started = time.perf_counter()
-        before, shown = {}, []
         if asked and args.weights != "none":  # what the base is worth as it is
             before = job.test(model)[1]
-            shown = [own[0] for own in asked.test.values()][:4]
+            most = 4 if asked.pictures is None else None
+            shown = {t: own[0] for t, own in [*asked.test.items()][:most] if own[0].prompt}
+            visual.save_pictures(shown, asked.pictures, Path(args.out))
             result["test_base"] = before["test"]
-        said = [speak(model, tokenizer, question) for question in shown]
+        said = speech()
         history, figures = train(adapt(model, args), job, args, Path(args.out), args.method)
         result |= figures | {"wall": time.perf_counter() - started}
         content = {"numbers": model.config, "tokenizer": tokenizer.saved}
@@ -363,18 +397,17 @@ def run(args: argparse.Namespace) -> None:
 
         # save the adapter, score, merge, score again, save the merged model
         loop.conclude(model, args, history, result, job.test, content, export)
-        if asked:
-            print_beside_guesses(asked, before, result, args.test_shots)
+        if "parts" in result:
+            print_beside_guesses(asked, before, result, args)
         if shown:
             print("in the model's own words:\n")
-            for question, before in zip(shown, said):
-                text = question.prompt.split("### Instruction:\n")[-1].split("\n\n### Response")[0]
-                print(f"{text}\n  before: {before}\n  after:  {speak(model, tokenizer, question)}")
+            for (task, question), before, after in zip(shown.items(), said, speech()):
+                print(f"{visual.heading(task, question)}\n  before: {before}\n  after:  {after}")
                 print(f"  right:  {question.output.strip()}\n")
 
 
 def print_beside_guesses(
-    asked: Questions, before: dict, after: dict, test_shots: int | None
+    asked: Questions, before: dict, after: dict, args: argparse.Namespace
 ) -> None:
     """A table: each task's accuracy before and after training, and what guesses get.
 
@@ -382,23 +415,27 @@ def print_beside_guesses(
     with the binomial standard error √(p (1 − p) / n) of a share p of n questions.
     """
     everything, rows = [q for own in asked.train.values() for q in own], []
+    seeing, drawn = visual.is_visual(args.data), args.test_shots
     for task, own in asked.test.items():
-        shares = guesses(asked.train.get(task, everything), own)
+        chosen, count = asked.train.get(task, everything), len(own) // visual.in_a_row(task, own)
+        shares = visual.guesses(task, chosen, own) if seeing else guesses(chosen, own)
         row = {name: f"{100 * share:.1f}" for name, share in shares.items()}
         for key, label in (("parts", ""), ("parts_norm", ", by length")):
             for when, figures in (("before", before), ("after", after)):
                 if key in figures:
                     p = figures[key][task]
-                    error = f" ± {tables.binomial(p, len(own))}" if test_shots else ""
+                    error = f" ± {tables.binomial(p, count)}" if drawn else ""
                     row[when + label] = f"{100 * p:.1f}{error}"
         rows.append({"task": task, "questions": len(own)} | row)
-    drawn = f", on {test_shots} test questions of a task at most" if test_shots else ""
-    print(f"\ntest accuracy in per cent{drawn}, and what guesses get\n{tables.markdown(rows)}")
+    note = f", on {drawn} test questions of a task at most" if drawn else ""
+    print(f"\ntest accuracy in per cent{note}, and what guesses get\n{tables.markdown(rows)}")
+    for part in (part for part in after["parts"] if part not in asked.test):
+        print(f"{part}: {100 * after['parts'][part]:.1f}")
 
 
 def evaluate_run(args: argparse.Namespace) -> None:
     """Score the merged (or fully trained) model of a saved run on its test questions."""
-    own = ["device", *(name for name in ("score", "ask") if getattr(args, name))]
+    own = ["device", *(name for name in ("score", "ask", "data_dir") if getattr(args, name))]
     config, content, path = loop.reopen(args, own, HELD)
     try:
         model, tokenizer = restored(*content)
@@ -429,7 +466,7 @@ def compare(args: argparse.Namespace) -> None:
     def time_step(name: str) -> tuple[float, int]:
         """Seconds of a training step, of full fine-tuning where it is compared; steps of a run."""
         some = job.loader.dataset[: 4 * args.batch_size]
-        few = DataLoader(some, args.batch_size, collate_fn=collate)
+        few = DataLoader(some, args.batch_size, collate_fn=job.loader.collate_fn)
         own = settings_of("full" if "full" in rows else rows[0], args)
         own = loop.changed(own, epochs=2, warmup_epochs=0, lr=1e-9)  # the first epoch warms up
         model = adapt(load_model(own)[0], own)

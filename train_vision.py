@@ -80,7 +80,8 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     add("--ablation", action="store_true", help="SAN's variants compared, as --compare does")
     add("--compile", action="store_true", help="torch.compile what is trained")
     add("--plot", nargs="+", metavar="RUN", help="pictures of runs and comparisons, into --out")
-    loop.add_flags(p, METHODS, [*LEARNING_RATES, *variants.FLAGS], epochs=None, batch=32)
+    rows, epochs = [*LEARNING_RATES, *variants.FLAGS], "by default 20, with a protocol 100"
+    loop.add_flags(p, METHODS, rows, epochs, batch=32)
     args = p.parse_args(words)
     given = loop.given(p, args)
     drawn = args.dataset == "sprites"

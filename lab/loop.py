@@ -35,6 +35,7 @@ BLOCKS = (models.ViTBlock, models.ConvNeXtBlock, models.SwinBlock, models.LLaMAB
 # what runs did before there were flags for it
 LATER = {"accumulate": 1, "recompute": False, "ask": "options", "test_shots": None, "alpha": None}
 LATER |= {"methods": None, "pretrain": False}
+LATER |= {"tower": False, "blind": False, "projector_lr": None}
 
 # -------------------------------------------------------------------------------- the training loop
 
@@ -101,12 +102,7 @@ def fit(
     the epoch before stays. ValueError for a checkpoint made with other settings.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
-    # decay would pull γ to 0 rather than to the 1 it starts at: only matrices shrink [us]
-    groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": args.weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=True)
+    optimizer = torch.optim.AdamW(groups_of(model, args), lr=args.lr, fused=True)
     mean = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(average)) if average else None
     device = parameters[0].device
     history: list[dict] = []
@@ -123,7 +119,7 @@ def fit(
             for i, batch in enumerate(loader):
                 rate = rate_at(epoch * len(loader) + i, steps, warmup, args.lr)
                 for group in optimizer.param_groups:
-                    group["lr"] = rate
+                    group["lr"] = rate * group.get("share", 1.0)
                 optimizer.zero_grad()
                 loss, whole = torch.zeros((), device=device), weigh(batch)
                 for part in zip(*(tensor.chunk(args.accumulate) for tensor in batch)):
@@ -156,6 +152,27 @@ def fit(
     if mean:
         model.load_state_dict(mean.module.state_dict())
     return history
+
+
+def groups_of(model: nn.Module, args: argparse.Namespace) -> list[dict]:
+    """What requires a gradient, in AdamW's groups: those that decay and those that do not.
+
+    args.projector_lr, if any, is the rate of a LLaVA's projector: it has groups of its own, and
+    `share` is what to multiply the others' rate by.
+    """
+    parts: dict[float, list[nn.Parameter]] = {1.0: []}
+    own = getattr(args, "projector_lr", None)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            share = own / args.lr if own and name.startswith("projector.") else 1.0
+            parts.setdefault(share, []).append(parameter)
+    # decay would pull γ to 0 rather than to the 1 it starts at: only matrices shrink [us]
+    return [
+        {"params": [p for p in part if (p.ndim > 1) == matrices], "weight_decay": decay}
+        | {"share": share}
+        for share, part in parts.items()
+        for matrices, decay in ((True, args.weight_decay), (False, 0.0))
+    ]
 
 
 @contextlib.contextmanager
@@ -545,10 +562,13 @@ def add_flags(
     p: argparse.ArgumentParser,
     names: Iterable[str],
     rows: Iterable[str],
-    epochs: int | None,
+    epochs: str,
     batch: int,
 ) -> None:
-    """The flags that every training script has; names: the methods, rows: a comparison's."""
+    """The flags that every training script has; names: the methods, rows: a comparison's.
+
+    epochs: how many, in words, since the script fills them in.
+    """
     add, yes_no = p.add_argument, argparse.BooleanOptionalAction
     add("--method", default="san", choices=names)
     add("--mode", default="both", choices=list(methods.MODES), help="SAN's ablation")
@@ -556,7 +576,7 @@ def add_flags(
     add("--gamma-std", type=float, default=0.0, help="SAN's γ start at 1 ± this")
     add("--rank", type=positive, default=8, help="of LoRA and DoRA")
     add("--alpha", type=float, help="theirs; their update is scaled by α / rank; default: the rank")
-    add("--epochs", type=positive, default=epochs, help="passes over what is trained on")
+    add("--epochs", type=positive, help=f"passes over what is trained on; {epochs}")
     add("--batch-size", type=positive, default=batch, help="examples per step")
     add("--accumulate", type=positive, default=1, help="parts in which a batch is read")
     add("--recompute", action="store_true", help="keep fewer activations, compute them again")
