@@ -537,7 +537,8 @@ def _check_layer(name: str, layer: nn.Module) -> None:
 
 
 _KNOWN = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_OWN = ("layer", "axes", "scale", "used", "gamma", "beta", "anterior", "index")  # of a SANLayer
+# of a SANLayer
+_OWN = ("layer", "axes", "scale", "used", "early", "gamma", "beta", "anterior", "index")
 
 
 @torch.no_grad()
@@ -685,7 +686,8 @@ def _look_at_first_forward(model: nn.Module, *_: Any) -> None:
             "trained; unlink what the model does not use",
             stacklevel=2,
         )
-    if early := [name for name, layer in layers.items() if layer.early]:
+    silent = _silent(model)
+    if early := [n for n, m in layers.items() if m.early and m.anterior[0] not in silent]:
         warnings.warn(
             f"{', '.join(early)} ran before the anterior that its link names; name the layer whose "
             "output it reads",
@@ -701,10 +703,15 @@ def _look_at_first_forward(model: nn.Module, *_: Any) -> None:
 
 
 def _unused(model: nn.Module, layers: dict[str, SANLayer]) -> list[str]:
-    """The layers that say they were not used; inside of what is compiled they say nothing."""
-    compiled = [m for m in model.modules() if "_orig_mod" in m._modules or m._compiled_call_impl]
-    silent = {layer for module in compiled for layer in module.modules()}
+    """The layers that say they were not used."""
+    silent = _silent(model)
     return [name for name, layer in layers.items() if not layer.used and layer not in silent]
+
+
+def _silent(model: nn.Module) -> set[nn.Module]:
+    """What is inside of something compiled, and does not say whether it was used."""
+    compiled = [m for m in model.modules() if "_orig_mod" in m._modules or m._compiled_call_impl]
+    return {layer for module in compiled for layer in module.modules()}
 
 
 def _drop_hook(model: nn.Module) -> None:

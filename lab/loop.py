@@ -590,7 +590,7 @@ def add_flags(
     add("--resume", action="store_true", help="go on from the last checkpoint in --out")
     add("--evaluate", metavar="RUN", help="score a saved run again, train nothing")
     add("--compare", action="store_true", help="all methods, learning rates searched; one table")
-    add("--methods", nargs="+", choices=rows, help="rows of a comparison; default: all")
+    add("--methods", nargs="+", choices=rows, metavar="ROW", help="rows; a wrong name lists them")
     add("--table", nargs="+", metavar="RUN", help="comparisons' results.jsonl as Markdown tables")
     add("--seeds", type=count, default=3, help="how many, where tables are made; 0: try rates only")
 

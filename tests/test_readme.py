@@ -96,7 +96,7 @@ def test_every_command_of_a_page_is_one_that_the_script_takes(page, script):
 
 
 def test_cifar100_has_the_defaults_that_the_readme_names():
-    said = section("CIFAR-100 on one GPU, and a real LLaMA")
+    said = section("CIFAR-100 on one GPU, a real LLaMA, a small LLaVA")
     words, small = commands(said, "train_vision.py")
     assert (ROOT / "weights" / f"{train_vision.arguments(small).model[0]}.pt").is_file()
     args = train_vision.arguments(words)
