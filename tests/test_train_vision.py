@@ -400,6 +400,8 @@ def test_the_protocol_chooses_on_the_fifth_and_then_trains_on_all(
     assert command("--table", tmp_path / "results.jsonl") == 0
     table = capsys.readouterr().out
     assert table.count("| linear |") == table.count("| san |") == 3  # now there is SAN to compare
+    assert command("--table", tmp_path, "--seeds", 0) == 0
+    assert capsys.readouterr().out.count("| linear |") == 1  # validation alone
     assert train_vision.arguments(["--dataset", "vtab"]).protocol == "vtab1k"
     assert train_vision.arguments(["--dataset", "vtab"]).epochs == 100
 
