@@ -323,6 +323,9 @@ def test_the_tables_of_real_pictures_are_those_of_their_lines():
     page = (ROOT / "results" / "real.md").read_text(encoding="utf-8")
     lines = tables.read_results(ROOT / "results" / "real" / "results.jsonl")
     assert all(table in page for table in tables.tables(lines).strip().split("\n\n"))
+    tried = [line for line in lines if line["part"] == "search"]
+    variants = tables.read_results(ROOT / "results" / "real" / "ablation" / "results.jsonl")
+    assert tables.tables(tried).strip() in page and tables.tables(variants).strip() in page
 
 
 def test_what_is_said_below_the_table_follows_from_the_results_files():
