@@ -187,7 +187,7 @@ def merged_lm(root: Path, file: str = "merged.pt") -> tuple[Path, Callable]:
 def results(root: Path) -> tuple[Path, Callable]:
     words = ["--weights", "none", "--epochs", 1, "--compare", "--seeds", 2]
     run = vision_run(root, *words, "--methods", "san", "linear")
-    args = argparse.Namespace(table=[str(run)])
+    args = argparse.Namespace(table=[str(run)], seeds=3)
 
     def read() -> None:
         tables.print_tables(args)
