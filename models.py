@@ -680,9 +680,10 @@ class LLaMA(nn.Module):
         positions: Tensor | None = None,
         mask: Tensor | None = None,
         cache: list | None = None,
+        **shown: Tensor,
     ) -> Tensor:
-        """As `features`, then the head: logits, B×N×V."""
-        return self.head(self.features(tokens, positions, mask, cache))
+        """As `features`, then the head: logits, B×N×V. shown: a LLaVA's `images`."""
+        return self.head(self.features(tokens, positions, mask, cache, **shown))
 
     def links(self) -> list[Link]:
         """The links of every layer but the head [us].
@@ -783,10 +784,6 @@ class LLaVA(LLaMA):
                 raise ValueError(f"{len(images)} pictures do not fill {count} places in the text")
             x = x.masked_scatter(place[..., None], self.see(images).to(x.dtype))
         return self.read(x, positions, mask, cache)
-
-    def forward(self, tokens: Tensor, *options: Tensor | list | None, **named) -> Tensor:
-        """As `features`, then the head: logits, B×N×V."""
-        return self.head(self.features(tokens, *options, **named))
 
     def links(self, tower: bool = False, projector: bool = True) -> list[Link]:
         """LLaMA's links; with `tower` the ViT's too; with `projector` also [us]:

@@ -680,13 +680,13 @@ def _look_at_first_forward(model: nn.Module, *_: Any) -> None:
         return
     _drop_hook(model)
     layers = _layers(model)
-    if unused := _unused(model, layers):
+    silent = _silent(model)
+    if unused := [n for n, m in layers.items() if not m.used and m not in silent]:
         warnings.warn(
             f"the model ran without its linked layers {', '.join(unused)}, so that their γ is not "
             "trained; unlink what the model does not use",
             stacklevel=2,
         )
-    silent = _silent(model)
     if early := [n for n, m in layers.items() if m.early and m.anterior[0] not in silent]:
         warnings.warn(
             f"{', '.join(early)} ran before the anterior that its link names; name the layer whose "
@@ -700,12 +700,6 @@ def _look_at_first_forward(model: nn.Module, *_: Any) -> None:
             "its type before attach, which keeps γ in float32",
             stacklevel=2,
         )
-
-
-def _unused(model: nn.Module, layers: dict[str, SANLayer]) -> list[str]:
-    """The layers that say they were not used."""
-    silent = _silent(model)
-    return [name for name, layer in layers.items() if not layer.used and layer not in silent]
 
 
 def _silent(model: nn.Module) -> set[nn.Module]:

@@ -281,15 +281,13 @@ def compare(args: argparse.Namespace) -> None:
         print(f"learning rates for {row}: {', '.join(f'{rate:g}' for rate in rates_of(row, args))}")
     kind = "ablation" if args.ablation else args.protocol or "compare"
     args.out = args.out or f"runs/{kind}-{set_name(args)}"
-    lines, searches = (
-        [],
-        [
-            (key_of(task, name, row), rates_of(row, args))
-            for name, own in rows_of.items()
-            for task in tasks
-            for row in own
-        ],
-    )
+    searches = [
+        (key_of(task, name, row), rates_of(row, args))
+        for name, own in rows_of.items()
+        for task in tasks
+        for row in own
+    ]
+    lines: list[dict] = []
     with tables.journal_of(args, Path(args.out)) as journal:
         tables.announce(
             searches, args, journal, lambda name: time_step(tasks, name, rows_of[name], args)

@@ -42,12 +42,13 @@ def load(folder: str | Path, dtype: torch.dtype = torch.float32) -> LLaMA:
     Weights become `dtype`, norms stay wide. Raises OSError if a file is missing or broken,
     ValueError, which names what differs, for an architecture that is not ours.
     """
-    config = Path(folder) / "config.json"
-    if not config.is_file() or llama.read_json(config).get("model_type") != "llava":
+    path = Path(folder) / "config.json"
+    config = llama.read_json(path) if path.is_file() else {}
+    if config.get("model_type") != "llava":
         return llama.load_llama(folder, dtype)
     require("safetensors", "a folder with a LLaVA's weights")
-    model = llama.without_weights(partial(numbers, llama.read_json(config)), config, LLaVA)
-    llama.fill(model, weights(config.parent, len(model.tower.blocks)), dtype, config)
+    model = llama.without_weights(partial(numbers, config), path, LLaVA)
+    llama.fill(model, weights(path.parent, len(model.tower.blocks)), dtype, path)
     return model
 
 

@@ -33,9 +33,8 @@ from lab import methods, saved
 FINISHED = ("merged.pt", "model.pt")  # one of them in its folder, and a run is finished
 BLOCKS = (models.ViTBlock, models.ConvNeXtBlock, models.SwinBlock, models.LLaMABlock)
 # what runs did before there were flags for it
-LATER = {"accumulate": 1, "recompute": False, "ask": "options", "test_shots": None, "alpha": None}
-LATER |= {"methods": None, "pretrain": False}
-LATER |= {"tower": False, "blind": False, "projector_lr": None}
+LATER = {"accumulate": 1, "recompute": False, "pretrain": False, "tower": False, "blind": False}
+LATER |= dict.fromkeys(("test_shots", "alpha", "methods", "projector_lr")) | {"ask": "options"}
 
 # -------------------------------------------------------------------------------- the training loop
 

@@ -30,14 +30,10 @@ def chosen(scores: Tensor) -> Tensor:
     return best.indices.masked_fill(tied, -1)
 
 
-def hits(scores: Tensor, questions: list[Question]) -> Tensor:
-    """Which answers are right; where several options are the likeliest, none is."""
-    return chosen(scores) == torch.tensor([question.answer for question in questions])
-
-
 def accuracy(scores: Tensor, questions: list[Question]) -> float:
-    """Share of right answers, 0 … 1."""
-    return hits(scores, questions).float().mean().item()
+    """Share of right answers, 0 … 1; where several options are the likeliest, none is."""
+    right = chosen(scores) == torch.tensor([question.answer for question in questions])
+    return right.float().mean().item()
 
 
 def per_character(scores: Tensor, questions: list[Question]) -> Tensor:

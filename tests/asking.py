@@ -1,10 +1,12 @@
 """A tiny LLaMA, and questions to ask it."""
 
 import argparse
+from pathlib import Path
 
 import torch
 
 import models
+import san
 from lab import microworld, questions
 
 TINY = dict(dim=32, depth=2, heads=4, kv_heads=2, hidden=48, context=96)
@@ -22,6 +24,13 @@ def tiny_model(vocab: int, **changes) -> models.LLaMA:
         else:
             parameter.normal_(std=1 if "embed" in name else parameter.shape[1] ** -0.5)
     return model.eval()
+
+
+def save_as_run(model: models.LLaMA, tokenizer: questions.Tokenizer, path: Path) -> Path:
+    """The model in a file, as a run would save it."""
+    content = {"tokenizer": tokenizer.pieces, "numbers": model.config}
+    san.write(content | {"state_dict": model.state_dict()}, path)
+    return path
 
 
 def asked(text: str, options: list[str], answer: int = 0) -> questions.Question:

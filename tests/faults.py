@@ -33,6 +33,8 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from asking import save_as_run
+
 import models
 import san
 import train_lm
@@ -173,10 +175,7 @@ def merged(root: Path, file: str = "merged.pt") -> tuple[Path, Callable]:
 def merged_lm(root: Path, file: str = "merged.pt") -> tuple[Path, Callable]:
     tokenizer = questions.Tokenizer(["the", " correct"])
     model = models.LLaMA(len(tokenizer), 16, 1, 2, 1, 16, 1024)
-    san.write(
-        {"tokenizer": tokenizer.pieces, "numbers": model.config, "state_dict": model.state_dict()},
-        root / "tiny.pt",
-    )
+    save_as_run(model, tokenizer, root / "tiny.pt")
     question_file(root)
     words = ["--data", root / "data", "--tasks", "boolq", "--weights", root / "tiny.pt"]
     words += ["--epochs", 1, "--device", "cpu"]

@@ -11,7 +11,17 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from asking import CPU, QUESTIONS, TINY, args_for, asked, differences, naive_scores, tiny_model
+from asking import (
+    CPU,
+    QUESTIONS,
+    TINY,
+    args_for,
+    asked,
+    differences,
+    naive_scores,
+    save_as_run,
+    tiny_model,
+)
 from running import command_of, metrics, stop_after, without_times
 
 import models
@@ -36,11 +46,7 @@ def model(tokenizer) -> models.LLaMA:
 
 @pytest.fixture(scope="module")
 def weights(model, tokenizer, tmp_path_factory) -> Path:
-    """That model in a file, as a run would save it."""
-    path = tmp_path_factory.mktemp("weights") / "tiny.pt"
-    content = {"tokenizer": tokenizer.pieces, "numbers": model.config}
-    san.write(content | {"state_dict": model.state_dict()}, path)
-    return path
+    return save_as_run(model, tokenizer, tmp_path_factory.mktemp("weights") / "tiny.pt")
 
 
 @pytest.fixture(scope="module")

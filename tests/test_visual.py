@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from asking import CPU
+from asking import CPU, save_as_run
 from PIL import Image
 from running import command_of, metrics, stop_after, without_times
 from tiny import randomise
@@ -40,10 +40,7 @@ def model(tokenizer) -> models.LLaVA:
 
 @pytest.fixture(scope="module")
 def weights(model, tokenizer, tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("weights") / "tiny.pt"
-    content = {"tokenizer": tokenizer.pieces, "numbers": model.config}
-    san.write(content | {"state_dict": model.state_dict()}, path)
-    return path
+    return save_as_run(model, tokenizer, tmp_path_factory.mktemp("weights") / "tiny.pt")
 
 
 def settings(data: str, *tasks: str, **changes) -> argparse.Namespace:
