@@ -299,15 +299,14 @@ def accuracies(
 ) -> dict:
     """Of scores by task: parts, each task's accuracy, 0 … 1, and test, their mean.
 
-    parts_right tells each task's right answers, as `paired.pack` puts it, but not of tasks where an
-    answer may be worth a part of 1. POPE has parts more, as `visual.parts` says. With --ask words
-    also parts_norm and test_norm, by log-likelihood `per_character`.
+    parts_right tells what each answer is worth, as `paired.pack` puts it. POPE has parts more, as
+    `visual.parts` says. With --ask words also parts_norm and test_norm, by log-likelihood
+    `per_character`.
     """
     parts, right = {}, {}
     for task, own in asked.items():
         parts |= visual.parts(task, scores[task], own)
-        if (hits := visual.hits(task, scores[task], own)) is not None:
-            right[task] = paired.pack(hits)
+        right[task] = paired.pack(visual.counted(task, scores[task], own))
     figures = {"test": mean(parts[task] for task in asked), "parts": parts, "parts_right": right}
     if args.ask == "words":
         norm = {t: accuracy(per_character(scores[t], own), own) for t, own in asked.items()}

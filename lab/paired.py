@@ -34,22 +34,33 @@ def labels_of(runs: Iterable[Key]) -> dict[Key, str]:
     }
 
 
-def pack(hits: Tensor) -> str:
-    """N truth values as text: their number, and base64 of eight to a byte, the first lowest."""
-    bits = F.pad(hits.long(), (0, -len(hits) % 8)).view(-1, 8) << torch.arange(8)
-    return f"{len(hits)}:{base64.b64encode(bytes(bits.sum(1).tolist())).decode()}"
+def pack(worth: Tensor) -> str:
+    """N answers' worth, 0 … 1, as text: their number, a colon and bytes in base64.
+
+    Right or wrong takes a bit, eight to a byte, the first lowest. Where an answer may be worth a
+    part of 1, 255 · worth takes a byte, which thirds and fifths fit; "/255" follows the number.
+    """
+    if ((worth == 0) | (worth == 1)).all():
+        bits = F.pad(worth.long(), (0, -len(worth) % 8)).view(-1, 8) << torch.arange(8)
+        kind, octets = "", bits.sum(1)
+    else:
+        kind, octets = "/255", (255 * worth).round().long()
+    return f"{len(worth)}{kind}:{base64.b64encode(bytes(octets.tolist())).decode()}"
 
 
 def unpack(text: str) -> Tensor:
-    """The N truth values that `pack` made a text of. Raises ValueError for another text."""
+    """The N values that `pack` made a text of, bool or float. Raises ValueError for another."""
     try:
-        count, code = text.split(":")
+        number, code = text.split(":")
+        count, in_bytes = int(number.removesuffix("/255")), number.endswith("/255")
         octets = torch.tensor([*base64.b64decode(code, validate=True)], dtype=torch.long)
-        if len(octets) != -(-int(count) // 8):
-            raise ValueError(f"{len(octets)} bytes are not those of {count} pictures")
+        if len(octets) != (count if in_bytes else -(-count // 8)):
+            raise ValueError(f"{len(octets)} bytes are not those of {count} answers")
     except ValueError as error:
         raise ValueError(f"what a line holds as 'right' is broken: {error}") from error
-    return (octets[:, None] >> torch.arange(8) & 1).flatten()[: int(count)].bool()
+    if in_bytes:
+        return octets.double() / 255
+    return (octets[:, None] >> torch.arange(8) & 1).flatten()[:count].bool()
 
 
 class Interval(NamedTuple):
@@ -100,9 +111,10 @@ def reference(lines: list[dict]) -> str:
 def differences(lines: list[dict], against: str = "san") -> dict[Key, Paired]:
     """Every other method's accuracy minus that of `against`, picture by picture, with intervals.
 
-    A task's difference is the mean over seeds and pictures of (hit − hit of `against`), seed k with
-    seed k, which trained on the same pictures in the same order; then comes the mean over the tasks
-    that both were scored on, by the seeds that all of these have.
+    A task's difference is the mean over seeds and pictures of (worth − worth of `against`), of what
+    an answer is worth, seed k with seed k, which trained on the same pictures in the same order;
+    then comes the mean over the tasks that both were scored on, by the seeds that all of these
+    have.
     The interval is a bootstrap's, percentiles 2.5 and 97.5 of DRAWS: each draws test pictures with
     replacement within every task, the same for all seeds, and seeds, the same for all tasks. [us]
     It covers other test pictures and other seeds. It does not cover other tasks, other backbones,
@@ -127,10 +139,10 @@ def differences(lines: list[dict], against: str = "san") -> dict[Key, Paired]:
         weights = F.one_hot(picks, len(seeds)).double().mean(1)  # DRAWS×seeds
         means, drawn = [], []
         for task in tasks:
-            hits = [unpack(run[task][seed]["right"]) for run in (own, other) for seed in seeds]
-            if len({len(row) for row in hits}) > 1:
+            worth = [unpack(run[task][seed]["right"]) for run in (own, other) for seed in seeds]
+            if len({len(row) for row in worth}) > 1:
                 raise ValueError(f"the runs on {task} were not scored on the same test pictures")
-            mine, its = torch.stack(hits).double().chunk(2)
+            mine, its = torch.stack(worth).double().chunk(2)
             means.append((mine - its).mean())
             drawn.append((weights * resampled(mine - its, generator)).sum(1))
         means, drawn = torch.stack(means), torch.stack(drawn)

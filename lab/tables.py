@@ -264,19 +264,31 @@ def for_each_task(lines: list[dict]) -> list[dict]:
     ]
 
 
+def besides(lines: list[dict]) -> list[dict]:
+    """Lines of the scores that a run has beside its tasks', such as POPE's F1."""
+    return [
+        line | {"task": part, "test": share}
+        for line in lines
+        for part, share in line.get("parts", {}).items()
+        if part not in line["options"].get("tasks", [part])
+    ]
+
+
 def tables(lines: list[dict]) -> str:
     """Markdown tables of a Journal's lines: a row for each method, and for each task of it.
 
     The first has the mean over all tasks, and over those of each group if the lines name groups;
     it stays empty for a method that lacks one of them. Where options have several words, the same
-    follows of accuracy by length. The last, where lines tell which answers were right, holds the
-    methods against SAN. Runs with other options have rows of their own, which name what differs. If
-    no run is scored, it is a table of validation. Raises ValueError for no lines at all.
+    follows of accuracy by length, and where tasks have scores `besides`, of these. The last, where
+    lines tell which answers were right, holds the methods against SAN. Runs with other options have
+    rows of their own, which name what differs. If no run is scored, it is a table of validation.
+    Raises ValueError for no lines at all.
     """
     if not lines:
         raise ValueError("there is no run to tabulate")
     if all(line["part"] == "search" for line in lines):  # validated on all of a run's tasks at once
         return markdown(validated(paired.runs_of(lines, "search", "lr")))
+    beside = besides(lines)
     lines = for_each_task(lines)
     runs, tried = paired.runs_of(lines, "test", "seed"), paired.runs_of(lines, "search", "lr")
     labels, against = paired.labels_of(runs), paired.reference(lines)
@@ -292,20 +304,22 @@ def tables(lines: list[dict]) -> str:
     text = overview(lines)
     if by_length := [line | {"test": line["test_norm"]} for line in lines if "test_norm" in line]:
         text += f"\nby length:\n\n{overview(by_length)}"
+    if beside:
+        text += f"\nbeside:\n\n{overview(beside, mean=False)}"
     text += f"\n{markdown(long)}"
     if pairs:
         text += f"\n{markdown(beside_san(runs, pairs, against))}\n{NOTE}\n"
     return text
 
 
-def overview(lines: list[dict]) -> str:
-    """The table of methods and tasks, and of the means over tasks."""
+def overview(lines: list[dict], mean: bool = True) -> str:
+    """The table of methods and tasks, and, if asked for, of the means over tasks."""
     runs, rows = paired.runs_of(lines, "test", "seed"), []
     labels = paired.labels_of(runs)
     group_of = {line["task"]: line.get("group") for line in lines if line["part"] == "test"}
     means = {group: [t for t in group_of if group_of[t] == group] for group in group_of.values()}
     means = {g: own for g, own in means.items() if g} | {"mean": list(group_of)}
-    means = means if len(group_of) > 1 else {}
+    means = means if mean and len(group_of) > 1 else {}
     for key, own in runs.items():
         seeds = {task: list(by_seed.values()) for task, by_seed in own.items()}
         accuracies = {task: [run["test"] for run in of] for task, of in seeds.items()}

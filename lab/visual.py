@@ -425,13 +425,6 @@ def counted(task: str, scores: Tensor, asked: list[Question]) -> Tensor:
     return gains(scores, asked).view(-1, in_a_row(task, asked)).amin(1)
 
 
-def hits(task: str, scores: Tensor, asked: list[Question]) -> Tensor | None:
-    """Which of what is `counted` is right; None where an answer may be worth a part of 1."""
-    if any(0 < worth < 1 for question in asked for worth in question.worth):
-        return None
-    return counted(task, scores, asked) == 1
-
-
 def parts(task: str, scores: Tensor, asked: list[Question]) -> dict[str, float]:
     """A task's score, 0 … 1, the mean of what is `counted`.
 

@@ -210,6 +210,17 @@ def test_mean_and_standard_deviation_over_seeds():
     assert tables.spread([0.50, 0.52, 0.57]) == "53.0 ± 3.6"
 
 
+def test_what_a_task_is_scored_by_besides_stands_below_without_a_mean():
+    line = scored("san", torch.tensor([[True, False]]))[0]
+    line |= {"task": "scenes", "parts": {"GQA": 0.25, "POPE": 0.75, "POPE F1": 0.6}}
+    line |= {"options": {"tasks": ["GQA", "POPE"]}}
+    del line["right"]
+    above, below = tables.tables([line]).split("\nbeside:\n\n")
+    assert above.startswith("| model | method | trained | GQA | POPE | mean |")
+    below = below.splitlines()
+    assert below[0] == "| model | method | trained | POPE F1 |" and "| 60.0 ± 0.0 |" in below[2]
+
+
 # -------------------------------------------------------------------------------- against SAN
 
 
@@ -250,7 +261,15 @@ def test_hits_come_back_from_their_text(count, generator):
     assert len(text) < count / 5.9 + 10
 
 
-@pytest.mark.parametrize("text", ["", "9:AA==", "8:A", "x:AA==", "8:??=="])
+def test_parts_of_an_answer_come_back_from_their_text():
+    worth = torch.tensor([0, 1 / 3, 2 / 3, 1, 0.2])
+    text = paired.pack(worth)
+    assert torch.allclose(paired.unpack(text), worth.double()) and text.startswith("5/255:")
+
+
+@pytest.mark.parametrize(
+    "text", ["", "9:AA==", "8:A", "x:AA==", "8:??==", "8/255:AA==", "1/3:AA=="]
+)
 def test_a_broken_text_of_hits_is_called_so(text):
     with pytest.raises(ValueError, match="'right' is broken"):
         paired.unpack(text)

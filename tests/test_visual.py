@@ -145,17 +145,16 @@ def test_mmbench_counts_what_is_right_in_all_four_rotations():
     scores = torch.eye(2)[[0, 0, 0, 0, 0, 0, 1, 0]]
     assert visual.parts("MMBench", scores, asked) == {"MMBench": 0.5}
     assert visual.parts("GQA", scores, asked) == {"GQA": 0.875}
-    assert visual.hits("MMBench", scores, asked).tolist() == [True, False]
-    assert visual.hits("GQA", scores, asked).tolist() == [True] * 6 + [False, True]
+    assert visual.counted("MMBench", scores, asked).tolist() == [1, 0]
+    assert visual.counted("GQA", scores, asked).tolist() == [1] * 6 + [0, 1]
     plain = [question._replace(worth=()) for question in asked]  # a folder's task of that name
     assert visual.parts("MMBench", scores, plain) == {"MMBench": 0.875}
 
 
-def test_right_answers_are_not_told_where_an_answer_may_be_worth_a_part():
+def test_an_answer_counts_for_what_it_is_worth():
     asked = [Question("", "", ("a", "b"), 0, worth=(1.0, worth)) for worth in (0.0, 1 / 3)]
     scores = torch.eye(2)[[0, 1]]
-    assert visual.hits("VQAv2", scores[:1], asked[:1]).tolist() == [True]
-    assert visual.hits("VQAv2", scores, asked) is None
+    assert torch.allclose(visual.counted("VQAv2", scores, asked), torch.tensor([1, 1 / 3]))
 
 
 def test_popes_f1_is_that_of_yes():
@@ -450,10 +449,10 @@ def test_comparing_methods_goes_as_it_does_on_texts(flags, tmp_path, monkeypatch
     assert command(*flags, "--compare", "--seeds", 1, "--out", out) == 0
     run = tables.read_results(out / "results.jsonl")[-1]
     assert run["parts"].keys() == {"VQAv2", "MMBench"}
-    assert run["parts_right"].keys() == {"MMBench"}  # VQAv2's answers are worth parts of 1
-    right = paired.unpack(run["parts_right"]["MMBench"])
-    assert len(right) == 6 and right.float().mean().item() == run["parts"]["MMBench"]
+    worth = {task: paired.unpack(text) for task, text in run["parts_right"].items()}
+    means = {task: of.double().mean().item() for task, of in worth.items()}
+    assert len(worth["MMBench"]) == 6 and means == pytest.approx(run["parts"])
     *_, long, beside_san, note = (out / "table.md").read_text().strip().split("\n\n")
     differs = {row.split(" | ")[1]: "[" in row for row in long.splitlines() if "| lora |" in row}
-    assert differs == {"VQAv2": False, "MMBench": True} and "| tiny | lora | 1 |" in beside_san
+    assert differs == {"VQAv2": True, "MMBench": True} and "| tiny | lora | 2 |" in beside_san
     shutil.rmtree(out)
