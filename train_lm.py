@@ -12,7 +12,7 @@ Six ways to use it:
 import argparse
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -219,6 +219,7 @@ class Job(NamedTuple):
     loader: DataLoader  # of (tokens, labels), both B×N; and with pictures, bytes B×3×H×W
     validate: Callable[[nn.Module], float]  # accuracy, 0 … 1
     test: Callable[[nn.Module], tuple[Tensor, dict]]  # outputs and accuracies on the test split
+    check: Callable[[nn.Module], Tensor]  # outputs on the validation split
 
 
 def load_job(
@@ -287,11 +288,19 @@ def questions_job(
     def test(model: nn.Module) -> tuple[Tensor, dict]:
         """Every option's score, and the accuracies, 0 … 1: each task's and their mean."""
         scores = {task: answers(model, own) for task, own in asked.test.items()}
-        most = max(s.shape[1] for s in scores.values())
-        rows = [F.pad(s, (0, most - s.shape[1]), value=ABSENT) for s in scores.values()]
-        return torch.cat(rows), accuracies(scores, asked.test, args)
+        return in_rows(scores.values()), accuracies(scores, asked.test, args)
 
-    return Job(loader, validate, test)
+    def check(model: nn.Module) -> Tensor:
+        return in_rows(answers(model, own) for own in asked.val.values())
+
+    return Job(loader, validate, test, check)
+
+
+def in_rows(scores: Iterable[Tensor]) -> Tensor:
+    """All questions' scores below each other; what has fewer options is filled up."""
+    scores = [*scores]
+    most = max(s.shape[1] for s in scores)
+    return torch.cat([F.pad(s, (0, most - s.shape[1]), value=ABSENT) for s in scores])
 
 
 def accuracies(
@@ -334,7 +343,10 @@ def words_job(loader: DataLoader, val: DataLoader, test: DataLoader, args) -> Jo
     """Every word of a text is learned, and scored by the share that is predicted right."""
     predict = functools.partial(visual.next_words, device=args.device)
     return Job(
-        loader, lambda model: predict(model, val)[1]["test"], lambda model: predict(model, test)
+        loader,
+        lambda model: predict(model, val)[1]["test"],
+        lambda model: predict(model, test),
+        lambda model: predict(model, val)[0],
     )
 
 
@@ -450,7 +462,8 @@ def evaluate_run(args: argparse.Namespace) -> None:
 def compare(args: argparse.Namespace) -> None:
     """Methods on all tasks together, learning rates chosen on validation; tables of them.
 
-    The methods are args.methods, or all.
+    The methods are args.methods, or all. Merges are checked on the validation questions: scoring
+    takes most of the time.
     """
     rows = args.methods or [*LEARNING_RATES]
     task, name = names_of(args)
@@ -483,7 +496,7 @@ def compare(args: argparse.Namespace) -> None:
         tables.announce(searches, args, journal, time_step)
         for key, rates in searches:
             own = settings_of(key["method"], args)
-            lines += tables.search(own, key, rates, train_one, job.test, journal)
+            lines += tables.search(own, key, rates, train_one, job.test, journal, check=job.check)
         tables.save_tables(lines, Path(args.out))
 
 

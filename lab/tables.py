@@ -100,6 +100,7 @@ def search(
     test: Callable[[nn.Module], tuple[Tensor, dict]],
     journal: Journal,
     again: bool = False,
+    check: Callable[[nn.Module], Tensor] | None = None,
 ) -> list[dict]:
     """Choose a learning rate on validation, then train and score with every seed.
 
@@ -107,7 +108,7 @@ def search(
 
     key: the task, model and method; rates: those to choose from.
     train(args, note, last): a model and its figures, at args.lr and args.seed; note: what to call
-    the run; last is False while rates are tried. test: as for `loop.score_and_merge`.
+    the run; last is False while rates are tried. test, check: as for `loop.score_and_merge`.
     Every rate is tried with seed 0. While the best by validation is the lowest or the highest, the
     next one `beyond` is tried as well, WIDEN at most and none where one rate is given. The best is
     scored on the test split, then the other seeds; again: the best is trained anew with seed 0 too,
@@ -156,7 +157,7 @@ def search(
         else:
             model, figures = trained(rate, seed, last=True)
         started = time.perf_counter()
-        scores = loop.score_and_merge(model, test)
+        scores = loop.score_and_merge(model, test, check)
         wall = figures["wall"] + time.perf_counter() - started
         lines.append(journal.add(run | figures | scores | {"wall": wall}))
     return lines
