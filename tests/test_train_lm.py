@@ -407,11 +407,14 @@ def test_compare_goes_on_where_it_was_stopped_and_writes_one_row_a_method(
     words = [*flags, "--epochs", 1, "--shots", 5, "--compare", "--seeds", 2, "--out", tmp_path]
     search, searched = tables.search, []
 
-    def stopping(args, key, *rest, **more):
-        if len(searched) == 3:
-            raise KeyboardInterrupt
+    def searching(args, key, *rest, **more):
         searched.append(key["method"])
         return search(args, key, *rest, **more)
+
+    def stopping(*rest, **more):
+        if len(searched) == 3:
+            raise KeyboardInterrupt
+        return searching(*rest, **more)
 
     with monkeypatch.context() as patch:
         patch.setattr(tables, "search", stopping)
@@ -420,11 +423,7 @@ def test_compare_goes_on_where_it_was_stopped_and_writes_one_row_a_method(
     assert "every finished run is kept" in stopped.err
     assert "about 48 runs of 1 epochs, 0 minutes at" in stopped.out
     assert "s per step of" in stopped.out
-    monkeypatch.setattr(
-        tables,
-        "search",
-        lambda args, key, *rest: searched.append(key["method"]) or search(args, key, *rest),
-    )
+    monkeypatch.setattr(tables, "search", searching)
     methods = [*train_lm.LEARNING_RATES]
     assert command(*words) == 0 and searched == methods[:3] + methods
     table = (tmp_path / "table.md").read_text()
