@@ -48,7 +48,8 @@ LEARNING_RATES = {
 ROWS = {"lora, r=1": {"method": "lora", "rank": 1}}
 METHODS = [row for row in LEARNING_RATES if row not in ROWS]
 # [us] a single run's
-DEFAULT_RATES = dict.fromkeys(METHODS, 1e-3) | {"lora": 5e-4, "dora": 5e-4, "full": 1e-4}
+DEFAULT_RATES = dict.fromkeys(METHODS, 1e-3)
+DEFAULT_RATES |= {"linear": 1e-2, "lora": 5e-4, "dora": 5e-4, "full": 1e-4}
 FOR_VIT = ("vpt", "SAN, authors' wiring")
 
 

@@ -1,4 +1,4 @@
-"""Methods beside SAN, test picture by test picture, with 95 % intervals; [us] our choice."""
+"""Methods beside SAN, test example by test example, with 95 % intervals; [us] our choice."""
 
 import base64
 import json
@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 DRAWS = 2000  # of the bootstrap
+SAN = ("san", "both, shift (SAN)")  # in a comparison, in an ablation
 Key = tuple[str, str, str]  # model, method, options as JSON: what makes a row of a table
 
 
@@ -96,43 +97,38 @@ class Interval(NamedTuple):
 
 
 class Paired(NamedTuple):
-    """A method beside SAN, with the same seeds on the same pictures."""
+    """A method beside SAN, with the same seeds on the same examples."""
 
     label: str  # the method, with the options that set it apart
     difference: Interval  # to SAN, the mean over tasks
     tasks: dict[str, Interval]
 
 
-def reference(lines: list[dict]) -> str:
-    """What SAN is called: in a comparison, or else in an ablation."""
-    return "san" if any(line["method"] == "san" for line in lines) else "both, shift (SAN)"
+def differences(lines: list[dict]) -> dict[Key, Paired]:
+    """Every other method's accuracy minus SAN's, answer by answer, with intervals.
 
-
-def differences(lines: list[dict], against: str = "san") -> dict[Key, Paired]:
-    """Every other method's accuracy minus that of `against`, picture by picture, with intervals.
-
-    A task's difference is the mean over seeds and pictures of (worth − worth of `against`), of what
-    an answer is worth, seed k with seed k, which trained on the same pictures in the same order;
-    then comes the mean over the tasks that both were scored on, by the seeds that all of these
-    have.
-    The interval is a bootstrap's, percentiles 2.5 and 97.5 of DRAWS: each draws test pictures with
+    SAN is the row of that name with the same model and options; in an ablation, its whole SAN.
+    A task's difference is the mean over seeds and answers of (worth − worth of SAN's answer), seed
+    k with seed k, which trained on the same examples in the same order; then comes the mean over
+    the tasks that both were scored on, by the seeds that all of these have.
+    The interval is a bootstrap's, percentiles 2.5 and 97.5 of DRAWS: each draws test examples with
     replacement within every task, the same for all seeds, and seeds, the same for all tasks. [us]
-    It covers other test pictures and other seeds. It does not cover other tasks, other backbones,
+    It covers other test examples and other seeds. It does not cover other tasks, other backbones,
     another choice of the learning rate, or that many methods are looked at together; and of two or
     three seeds a bootstrap learns little about others. Where seeds answer independently of each
-    other, the interval is up to √3 times as wide as it need be: chance counts for pictures too.
+    other, the interval is up to √3 times as wide as it need be: chance counts for examples too.
     Lines without `right` do not count. Raises ValueError if two runs were not scored on the same
-    pictures.
+    examples.
     """
     labels = labels_of(runs_of(lines, "test", "seed"))
     runs = runs_of([line for line in lines if "right" in line], "test", "seed")
     found = {}
     for key, own in runs.items():
-        other = runs.get((key[0], against, key[2]), {})
+        other = next((runs[k] for name in SAN if (k := (key[0], name, key[2])) in runs), {})
         tasks = [task for task in own if task in other]
         seeds = [set(run[task]) for task in tasks for run in (own, other)]
         seeds = sorted(set.intersection(*seeds)) if seeds else []
-        if key[1] == against or not seeds:
+        if key[1] in SAN or not seeds:
             continue
         generator = torch.Generator().manual_seed(0)
         picks = torch.randint(len(seeds), (DRAWS, len(seeds)), generator=generator)
@@ -141,7 +137,7 @@ def differences(lines: list[dict], against: str = "san") -> dict[Key, Paired]:
         for task in tasks:
             worth = [unpack(run[task][seed]["right"]) for run in (own, other) for seed in seeds]
             if len({len(row) for row in worth}) > 1:
-                raise ValueError(f"the runs on {task} were not scored on the same test pictures")
+                raise ValueError(f"the runs on {task} were not scored on the same test examples")
             mine, its = torch.stack(worth).double().chunk(2)
             means.append((mine - its).mean())
             drawn.append((weights * resampled(mine - its, generator)).sum(1))
@@ -152,9 +148,9 @@ def differences(lines: list[dict], against: str = "san") -> dict[Key, Paired]:
 
 
 def resampled(values: Tensor, generator: torch.Generator) -> Tensor:
-    """Each seed's mean over pictures drawn with replacement, DRAWS×seeds; values: seeds×pictures.
+    """Each seed's mean over examples drawn with replacement, DRAWS×seeds; values: seeds×examples.
 
-    How often each picture is drawn is multinomial. Pictures with equal values are interchangeable,
+    How often each example is drawn is multinomial. Examples with equal values are interchangeable,
     so that the counts of these few kinds are drawn instead, one binomial after another.
     """
     kinds, sizes = values.unique(dim=1, return_counts=True)
@@ -169,5 +165,6 @@ def resampled(values: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def interval(value: Tensor, drawn: Tensor) -> Interval:
+    """A value with percentiles 2.5 and 97.5 of what was drawn."""
     ends = drawn.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64))
     return Interval(value.item(), *ends.tolist())

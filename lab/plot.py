@@ -322,7 +322,7 @@ def forest(lines: list[dict]) -> "Figure | None":
     tasks lie small dots, the single tasks. None where no line tells which pictures were right.
     """
     panels: dict[str, list[tuple[str, paired.Paired]]] = {}
-    for (model, method, _), pair in paired.differences(lines, paired.reference(lines)).items():
+    for (model, method, _), pair in paired.differences(lines).items():
         panels.setdefault(model, []).append((method, pair))
     if not panels:
         return None

@@ -77,7 +77,7 @@ def answer(
                 bar.update(len(some))
             return scores
         branches = [branch(question, tokenizer) for question in questions]
-        for some in batched([own.length for own in branches], little):
+        for some in batched([own.length for own in branches], fits_in_batch):
             shown = show([questions[i] for i in some])
             values = likelihoods(model, [branches[i] for i in some], args.device, **shown).cpu()
             scores[some, : values.shape[1]] = values
@@ -99,7 +99,7 @@ def batched(lengths: list[int], fits: Callable[[list[int]], bool]) -> Iterator[l
     yield some
 
 
-def little(lengths: list[int]) -> bool:
+def fits_in_batch(lengths: list[int]) -> bool:
     return len(lengths) * lengths[-1] <= TOKENS and lengths[-1] <= PADDED * lengths[0]
 
 

@@ -292,8 +292,7 @@ def tables(lines: list[dict]) -> str:
     beside = besides(lines)
     lines = for_each_task(lines)
     runs, tried = paired.runs_of(lines, "test", "seed"), paired.runs_of(lines, "search", "lr")
-    labels, against = paired.labels_of(runs), paired.reference(lines)
-    pairs = paired.differences(lines, against)
+    labels, pairs = paired.labels_of(runs), paired.differences(lines)
     long = []
     for key, own in runs.items():
         for task, seeds in own.items():
@@ -309,7 +308,7 @@ def tables(lines: list[dict]) -> str:
         text += f"\nbeside:\n\n{overview(beside, mean=False)}"
     text += f"\n{markdown(long)}"
     if pairs:
-        text += f"\n{markdown(beside_san(runs, pairs, against))}\n{NOTE}\n"
+        text += f"\n{markdown(beside_san(runs, pairs))}\n{NOTE}\n"
     return text
 
 
@@ -395,7 +394,7 @@ def spread(values: list[float]) -> str:
     return f"{tensor.mean().item():.1f} ± {deviation:.1f}"
 
 
-def beside_san(runs: dict[Key, dict], pairs: dict[Key, Paired], against: str) -> list[dict]:
+def beside_san(runs: dict[Key, dict], pairs: dict[Key, Paired]) -> list[dict]:
     """The rows of the table against SAN, SAN's own among them; times are relative to full's."""
 
     def seconds(by_task: dict[str, dict]) -> float:
@@ -404,7 +403,7 @@ def beside_san(runs: dict[Key, dict], pairs: dict[Key, Paired], against: str) ->
     rows, labels = [], paired.labels_of(runs)
     for key, by_task in runs.items():
         compared = [key] if key in pairs else [p for p in pairs if p == (key[0], p[1], key[2])]
-        if key not in pairs and key[1] != against:
+        if key not in pairs and key[1] not in paired.SAN:
             continue
         tasks = [task for task in by_task if any(task in pairs[p].tasks for p in compared)]
         if not tasks:

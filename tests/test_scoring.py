@@ -189,7 +189,7 @@ def test_the_head_reads_asked_places_alone_and_none_twice(model, tokenizer):
 
 def test_batches_hold_what_fits_the_shortest_first_and_a_long_row_stands_alone(monkeypatch):
     monkeypatch.setattr(scoring, "TOKENS", 30)
-    found = [*scoring.batched([10, 50, 9, 11, 8, 12], scoring.little)]
+    found = [*scoring.batched([10, 50, 9, 11, 8, 12], scoring.fits_in_batch)]
     assert found == [[4, 2], [0, 3], [5], [1]]
     assert [*scoring.batched([3, 1, 2], lambda own: len(own) <= 2)] == [[1, 2], [0]]
 
