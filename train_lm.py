@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import models
 import san
 from lab import llama, llava, loop, methods, microworld, paired, questions, saved, tables, visual
+from lab.log import NOWHERE, Log
 from lab.questions import IGNORE, LlamaTokenizer, Questions, Tokenizer, encode
 from lab.scoring import ABSENT, accuracy, answer, branch, guesses, mean, per_character, speak
 
@@ -360,7 +361,14 @@ def adapt(model: models.LLaMA, args: argparse.Namespace) -> models.LLaMA:
     return model
 
 
-def fit(model: nn.Module, job: Job, args: argparse.Namespace, out: Path | None, note: str):
+def fit(
+    model: nn.Module,
+    job: Job,
+    args: argparse.Namespace,
+    out: Path | None,
+    note: str,
+    log: Log = NOWHERE,
+) -> list[dict]:
     """Train what requires a gradient: loop.fit on questions, or on the corpus."""
 
     def loss_of(model: nn.Module, batch: tuple) -> Tensor:
@@ -370,12 +378,20 @@ def fit(model: nn.Module, job: Job, args: argparse.Namespace, out: Path | None, 
         return (batch[1] != IGNORE).sum().item()
 
     unit = "windows" if args.tasks == ["corpus"] else "questions"
-    return loop.fit(model, job.loader, loss_of, job.validate, args, out, note, unit, weigh=learned)
+    own = {"weigh": learned, "log": log}
+    return loop.fit(model, job.loader, loss_of, job.validate, args, out, note, unit, **own)
 
 
-def train(model: nn.Module, job: Job, args: argparse.Namespace, out: Path | None, note: str):
+def train(
+    model: nn.Module,
+    job: Job,
+    args: argparse.Namespace,
+    out: Path | None,
+    note: str,
+    log: Log = NOWHERE,
+) -> tuple[list[dict], dict]:
     """Train an adapted model in place: loop.train_and_measure's history and figures."""
-    return loop.train_and_measure(model, args, note, lambda: fit(model, job, args, out, note))
+    return loop.train_and_measure(model, args, note, lambda: fit(model, job, args, out, note, log))
 
 
 def run(args: argparse.Namespace) -> None:
@@ -390,7 +406,7 @@ def run(args: argparse.Namespace) -> None:
     def speech() -> list[str]:
         return [speak(model, tokenizer, asks, **show([asks])) for asks in shown.values()]
 
-    with loop.begin(args, Path(args.out)):
+    with loop.begin(args, Path(args.out)) as log:
         started = time.perf_counter()
         if asked and args.weights != "none":  # what the base is worth as it is
             before = job.test(model)[1]
@@ -399,7 +415,7 @@ def run(args: argparse.Namespace) -> None:
             visual.save_pictures(shown, asked.pictures, Path(args.out))
             result["test_base"] = before["test"]
         said = speech()
-        history, figures = train(adapt(model, args), job, args, Path(args.out), args.method)
+        history, figures = train(adapt(model, args), job, args, Path(args.out), args.method, log)
         result |= figures | {"wall": time.perf_counter() - started}
         content = {"numbers": model.config, "tokenizer": tokenizer.saved}
 
@@ -407,7 +423,7 @@ def run(args: argparse.Namespace) -> None:
             llama.export(merged, tokenizer, Path(args.out) / "merged")
 
         # save the adapter, score, merge, score again, save the merged model
-        loop.conclude(model, args, history, result, job.test, content, export)
+        loop.conclude(model, args, history, result, job.test, content, export, log)
         if "parts" in result:
             print_beside_guesses(asked, before, result, args)
         if shown:

@@ -24,6 +24,7 @@ from torch.utils.data import Dataset, TensorDataset
 import models
 from lab import checkpoints, loop, methods, paired, pictures, plot, sprites, tables, variants
 from lab.batches import factor_accuracy, factor_loss, loader, outputs_of, prepare
+from lab.log import NOWHERE, Log
 from lab.pictures import Data, Task, set_name
 
 WEIGHTS = Path(__file__).parent / "weights"
@@ -142,7 +143,14 @@ def load_model(args: argparse.Namespace, name: str, factors: list[int]) -> nn.Mo
 # -------------------------------------------------------------------------- training and scoring
 
 
-def fit(model: nn.Module, data: Data, args: argparse.Namespace, out: Path | None, note: str):
+def fit(
+    model: nn.Module,
+    data: Data,
+    args: argparse.Namespace,
+    out: Path | None,
+    note: str,
+    log: Log = NOWHERE,
+) -> list[dict]:
     """Train what requires a gradient: loop.fit on pictures, or on their features."""
     if args.compile:
         torch.compiler.reset()  # it gives up on a class of which it has compiled several models
@@ -160,10 +168,12 @@ def fit(model: nn.Module, data: Data, args: argparse.Namespace, out: Path | None
 
     batches = loader(data.train, args, shuffle=True)
     validate = validate if data.val else None
-    return loop.fit(model, batches, loss_of, validate, args, out, note, average=average)
+    return loop.fit(model, batches, loss_of, validate, args, out, note, average=average, log=log)
 
 
-def probe(model: nn.Module, data: Data, args: argparse.Namespace, note: str) -> list[dict]:
+def probe(
+    model: nn.Module, data: Data, args: argparse.Namespace, note: str, log: Log = NOWHERE
+) -> list[dict]:
     """Train the head alone. The base is frozen, so that its features are computed only once."""
     model.eval()
     train, val = (
@@ -172,18 +182,25 @@ def probe(model: nn.Module, data: Data, args: argparse.Namespace, note: str) -> 
     )
     head = copy.deepcopy(model.head).requires_grad_(True)
     args = loop.changed(args, amp=False, compile=False, resume=False)
-    history = fit(head, data._replace(train=train, val=val), args, None, note)
+    history = fit(head, data._replace(train=train, val=val), args, None, note, log)
     model.head = head
     return history
 
 
-def train(model: nn.Module, data: Data, args: argparse.Namespace, out: Path | None, note: str):
+def train(
+    model: nn.Module,
+    data: Data,
+    args: argparse.Namespace,
+    out: Path | None,
+    note: str,
+    log: Log = NOWHERE,
+) -> tuple[list[dict], dict]:
     """Train an adapted model in place: the history and figures of loop.train_and_measure."""
 
     def work() -> list[dict]:
         if args.method == "linear":
-            return probe(model, data, args, note)
-        return fit(model, data, args, out, note)
+            return probe(model, data, args, note, log)
+        return fit(model, data, args, out, note, log)
 
     return loop.train_and_measure(model, args, note, work)
 
@@ -227,17 +244,18 @@ def run(args: argparse.Namespace) -> None:
         f"{len(data.test)} test pictures, {sum(data.factors)} classes"
     )
     result = {"dataset": set_name(args), "model": name, "method": args.method, "seed": args.seed}
-    with loop.begin(args, out):
+    with loop.begin(args, out) as log:
         started = time.perf_counter()
         if args.weights != "none" and args.method != "linear":  # what the base is worth as it is
             probe(base, data, loop.changed(args, lr=DEFAULT_RATES["linear"]), "linear head")
             result["test_linear"] = score(base, data.test, data.factors, args)
         del base
-        history, figures = train(model, data, args, out, args.method)
+        history, figures = train(model, data, args, out, args.method, log)
         result |= figures | {"wall": time.perf_counter() - started}
         content = {"model": name, "factors": data.factors, "image_size": model.image_size}
         # save the adapter, score, merge, score again, save the merged model
-        loop.conclude(model, args, history, result, lambda model: test(model, data, args), content)
+        scored = functools.partial(test, data=data, args=args)
+        loop.conclude(model, args, history, result, scored, content, log=log)
 
 
 def evaluate_run(args: argparse.Namespace) -> None:

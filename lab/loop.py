@@ -29,6 +29,7 @@ from tqdm import tqdm
 import models
 import san
 from lab import methods, saved
+from lab.log import NOWHERE, PACKAGES, Log, gammas
 
 FINISHED = ("merged.pt", "model.pt")  # one of them in its folder, and a run is finished
 BLOCKS = (models.ViTBlock, models.ConvNeXtBlock, models.SwinBlock, models.LLaMABlock)
@@ -84,6 +85,7 @@ def fit(
     unit: str = "images",
     average: float = 0.0,
     weigh: Callable[[tuple], float] = lambda batch: len(batch[0]),
+    log: Log = NOWHERE,
 ) -> list[dict]:
     """Train what requires a gradient with AdamW, a warm-up and a cosine; one record per epoch.
 
@@ -96,6 +98,7 @@ def fit(
     counts `average` times what the next one does; 0: with the last step's.
     args.accumulate: in how many parts a batch, a tuple of tensors, goes through the model; a step
     is the same but for rounding, and takes the memory of a part.
+    log: gets loss and rate every 20 steps, and the record and every γ after each epoch.
     Every epoch seeds itself from (seed, epoch), so that a resumed run goes the same way.
     Raises FloatingPointError when the loss or a parameter is no longer finite: the checkpoint of
     the epoch before stays. ValueError for a checkpoint made with other settings.
@@ -134,12 +137,15 @@ def fit(
                 if i % 20 == 0 or i == len(loader) - 1:  # reading the loss makes the device wait
                     require_finite(loss.item(), [], epoch, rate, checkpoint)
                     bar.set_postfix(loss=f"{running.item() / seen:.3f}", lr=f"{rate:.1e}")
+                    figures = {"loss": loss.item(), "rate": rate}
+                    log.write("train", figures, epoch * len(loader) + i)
                 bar.update(len(batch[0]))
         seconds = time.perf_counter() - started
         require_finite(running.item(), parameters, epoch, rate, checkpoint)
         val = validate(mean.module if mean else model) if validate else None
         record = {"epoch": epoch + 1, "loss": running.item() / seen, "val": val}
         history.append(record | {"seconds": seconds, f"{unit}_per_second": seen / seconds})
+        log.write("epoch", history[-1], gammas=gammas(model))
         if checkpoint:
             content = {"settings": settings(args), "history": history}
             content |= {"model": methods.trained_state(model), "optimizer": optimizer.state_dict()}
@@ -220,6 +226,7 @@ def settings(args: argparse.Namespace) -> dict:
         "table",
         "plot",
         "methods",
+        "log",
     )
     return {key: value for key, value in vars(args).items() if key not in free}
 
@@ -386,23 +393,23 @@ def holding(path: Path, shared: bool = False, wait: bool = False) -> Iterator[No
 
 
 @contextlib.contextmanager
-def begin(args: argparse.Namespace, out: Path) -> Iterator[None]:
+def begin(args: argparse.Namespace, out: Path) -> Iterator[Log]:
     """Make the folder `out` ready, for --resume or for a new run with its config.json; and hold it.
 
-    Raises ValueError if there is nothing to resume, or files in it that are not from a run; OSError
-    as `holding`.
+    The log of the run is given. Raises ValueError if there is nothing to resume, or files in `out`
+    that are not from a run; both as `holding` and `Log` do.
     """
     if args.resume:
         require_checkpoint(out)
-    with holding(out):
+    with holding(out), Log(args.log or (), out, settings(args), args.resume) as log:
         if not args.resume:
             make_room(args, out)
-        yield
+        yield log
 
 
 def make_room(args: argparse.Namespace, out: Path) -> None:
     """Remove an older run from `out` and write config.json. Raises ValueError as `begin`."""
-    names = (*FINISHED, "adapter.pt", "merged", "metrics.jsonl", "checkpoint.pt")
+    names = (*FINISHED, "adapter.pt", "merged", "tensorboard", "metrics.jsonl", "checkpoint.pt")
     files = [out / name for name in names if (out / name).exists()]
     if files and not (out / "config.json").exists():
         raise ValueError(f"{files[0]} is not from a run and would be lost; choose another --out")
@@ -446,11 +453,13 @@ def conclude(
     test: Callable[[nn.Module], tuple[Tensor, dict]],
     content: dict,
     export: Callable[[nn.Module], None] = lambda merged: None,
+    log: Log = NOWHERE,
 ) -> None:
     """Save what was trained, score_and_merge the model, save it merged, and report.
 
     result: the run's figures so far; test: as for score_and_merge; content: what a saved model
-    needs beside its state dict; export: what else is to be written of the merged model.
+    needs beside its state dict; export: what else is to be written of the merged model; log: gets
+    the figures, and a LLaMA's by task.
     """
     out = Path(args.out)
     if args.method in ("san", "ssf"):
@@ -460,6 +469,7 @@ def conclude(
     if hasattr(model, "_san"):
         result["gamma"] = san.summary(model)["layers"]
     result |= score_and_merge(model, test)
+    log.write("result", result | result.get("parts", {}))
     write_json_lines([*history, result], out / "metrics.jsonl")
     export(model)
     path = out / ("model.pt" if args.method == "full" else "merged.pt")
@@ -595,6 +605,7 @@ def add_flags(
     add("--device", default="auto", help="cpu, cuda, …")
     add("--amp", action=yes_no, help="bfloat16 autocast; by default on a GPU that has it")
     add("--out", help="default: runs/<data>-<model>-<method>-seed<k>, then what else was given")
+    add("--log", nargs="+", choices=[*PACKAGES], help="to look at while it trains; into --out")
     add("--resume", action="store_true", help="go on from the last checkpoint in --out")
     add("--evaluate", metavar="RUN", help="score a saved run again, train nothing")
     add("--compare", action="store_true", help="all methods, learning rates searched; one table")
@@ -610,6 +621,8 @@ def check_flags(p: argparse.ArgumentParser, args: argparse.Namespace, many: bool
     """
     if many and (args.resume or args.seed):
         p.error("a comparison takes --seeds, the number of them, and goes on by itself")
+    if many and args.log:
+        p.error("--log is of one run; a comparison is drawn by train_vision.py --plot")
     if args.alpha is not None and not 0 < args.alpha < float("inf"):
         p.error("--alpha must be a number above 0")
     if not 0 <= args.seed < 10_000:

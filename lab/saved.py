@@ -79,7 +79,7 @@ CONFIG = {
     **dict.fromkeys(("protocol", "weights", "evaluate", "data_dir"), f"{TEXT} or null"),
     **dict.fromkeys(("train_file", "score", "ask"), f"{TEXT} or null"),
     **dict.fromkeys(("model", "tasks"), TEXTS),
-    **dict.fromkeys(("methods", "table", "plot"), f"{TEXTS} or null"),
+    **dict.fromkeys(("methods", "table", "plot", "log"), f"{TEXTS} or null"),
     **dict.fromkeys(("shift", "norms", "pretrain", "ablation", "compile"), FLAG),
     **dict.fromkeys(("amp", "recompute", "resume", "compare", "tower", "blind"), FLAG),
     **dict.fromkeys(("prompts", "rank", "epochs", "batch_size", "accumulate"), COUNT),

@@ -66,7 +66,7 @@ def run_until(stop: int, out: Path, name: str, monkeypatch) -> bool:
 
         return operation
 
-    args = Namespace(resume=False, name=name, method="san", out=str(out), device="cpu")
+    args = Namespace(resume=False, name=name, method="san", out=str(out), device="cpu", log=None)
     model, result = nn.Sequential(nn.Linear(2, 2)), {"method": "san", "name": name}
     san.attach(model, [san.Link("0")])
     with monkeypatch.context() as patch:
