@@ -151,12 +151,25 @@ def fit(
             content |= {"model": methods.trained_state(model), "optimizer": optimizer.state_dict()}
             content |= {"mean": mean.state_dict()} if mean else {}
             san.write(content, checkpoint)
-            validated = "" if val is None else f"validation {100 * val:.1f} %  "
-            speed = f"{seen / seconds:.0f} {unit}/s"
-            tqdm.write(f"{label}  loss {record['loss']:.3f}  {validated}{speed}", file=sys.stdout)
+            left = (args.epochs - epoch - 1) * (time.perf_counter() - started)
+            tqdm.write(f"{label}  {in_short(history[-1], unit, left)}", file=sys.stdout)
     if mean:
         model.load_state_dict(mean.module.state_dict())
     return history
+
+
+def in_short(record: dict, unit: str, left: float) -> str:
+    """An epoch's record in few words; left: how many seconds the epochs after it take."""
+    validation = "" if record["val"] is None else f"validation {100 * record['val']:.1f} %  "
+    speed = f"{record[f'{unit}_per_second']:.1f} {unit}/s"
+    wait = f"  {duration(left)} left" if left else ""
+    return f"loss {record['loss']:#.4g}  {validation}{speed}{wait}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds, minutes or hours."""
+    size, unit = next(((n, u) for n, u in ((3600, "h"), (60, "min")) if seconds > n), (1, "s"))
+    return f"{seconds / size:.{1 if unit == 'h' else 0}f} {unit}"
 
 
 def groups_of(model: nn.Module, args: argparse.Namespace) -> list[dict]:

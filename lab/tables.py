@@ -211,11 +211,8 @@ def announce(
             paces.append(f"{step:.2g} s per step of {model}")
         seconds += runs * each
     if paces:
-        time_left = (
-            f"{seconds / 3600:.1f} hours" if seconds > 3600 else f"{seconds / 60:.0f} minutes"
-        )
         runs = f"about {left.total()} runs of {args.epochs} epochs"
-        print(f"{runs}, {time_left} at {', '.join(paces)}", flush=True)
+        print(f"{runs}, {loop.duration(seconds)} at {', '.join(paces)}", flush=True)
 
 
 @contextmanager

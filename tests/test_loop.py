@@ -14,6 +14,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import models
 import san
+import train_lm
+import train_vision
 from lab import loop, methods, questions, tables
 
 
@@ -48,6 +50,41 @@ def test_the_average_counts_every_step_less_than_the_next():
         mean = 0.5 * mean + 0.5 * weight
     torch.testing.assert_close(train(average=0.5)[0].weight.detach(), mean)
     assert not torch.allclose(mean, last.weight)
+
+
+@pytest.mark.parametrize("method", sorted({*train_vision.METHODS, *train_lm.METHODS, "projector"}))
+def test_an_epochs_line_fits_100_columns_and_tells_what_people_look_at(method):
+    record = {"epoch": 1000, "loss": 2.3e30, "val": 1.0, "seconds": 1.0}
+    for unit in ("images", "questions", "windows"):
+        line = loop.in_short(record | {f"{unit}_per_second": 99999.9}, unit, 999 * 3600)
+        assert len(f"{method} epoch 1000/1000  {line}") <= 100
+    record |= {"loss": 0.6931, "val": None, "images_per_second": 0.42}
+    assert loop.in_short(record, "images", 0) == "loss 0.6931  0.4 images/s"
+    record["val"] = 0.881
+    said = "loss 0.6931  validation 88.1 %  0.4 images/s  2 min left"
+    assert loop.in_short(record, "images", 100) == said
+
+
+def test_an_epochs_line_tells_how_long_the_others_take(tmp_path, monkeypatch, capsys):
+    times = itertools.count()  # an epoch asks three times: 1 s of training, 2 s in all
+    monkeypatch.setattr(loop, "time", Namespace(perf_counter=lambda: next(times)))
+    data = TensorDataset(torch.randn(12, 3), torch.randn(12, 1))
+
+    def loss_of(model: nn.Linear, batch: tuple) -> torch.Tensor:
+        return (model(batch[0]) - batch[1]).square().mean()
+
+    args = args_for(resume=False, epochs=3, lr=1e-3)
+    loop.fit(nn.Linear(3, 1), DataLoader(data, 4), loss_of, lambda _: 0.5, args, tmp_path, "san")
+    lines = capsys.readouterr().out.splitlines()
+    assert [line[:15] for line in lines] == [f"san epoch {i}/3  " for i in (1, 2, 3)]
+    ends = ["  4 s left", "  2 s left", ""]
+    assert [line.partition("12.0 images/s")[2] for line in lines] == ends
+    assert all("  validation 50.0 %  " in line and "loss " in line for line in lines)
+
+
+def test_a_duration_is_told_in_its_own_unit():
+    said = [loop.duration(seconds) for seconds in (0.4, 60, 90, 3600, 3601, 360_000)]
+    assert said == ["0 s", "60 s", "2 min", "60 min", "1.0 h", "100.0 h"]
 
 
 class Killed(BaseException):

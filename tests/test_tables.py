@@ -144,13 +144,13 @@ def test_the_cost_is_told_by_what_is_left_and_what_a_run_took(tmp_path, capsys):
         return capsys.readouterr().out
 
     assert told(m=(0.3, 1000), n=(0.1, 3000)) == (
-        "about 10 runs of 7 epochs, 50 minutes at 0.3 s per step of m, 0.1 s per step of n\n"
+        "about 10 runs of 7 epochs, 50 min at 0.3 s per step of m, 0.1 s per step of n\n"
     )
     line = KEY | {"val": 0.5, "lr": 1, "seed": 0}
     journal.add(line | {"part": "search", "wall": 5000.0})
     journal.add(line | {"part": "test", "wall": 7000.0})
     assert told(n=(0.1, 3000)) == (
-        "about 8 runs of 7 epochs, 5.4 hours at 6e+03 s per run of m so far, 0.1 s per step of n\n"
+        "about 8 runs of 7 epochs, 5.4 h at 6e+03 s per run of m so far, 0.1 s per step of n\n"
     )
     searches = [(KEY, [1])]
     args.seeds = 1

@@ -421,7 +421,7 @@ def test_compare_goes_on_where_it_was_stopped_and_writes_one_row_a_method(
         assert command(*words) == 130
     stopped = capsys.readouterr()
     assert "every finished run is kept" in stopped.err
-    assert "about 48 runs of 1 epochs, 0 minutes at" in stopped.out
+    assert "about 48 runs of 1 epochs, " in stopped.out
     assert "s per step of" in stopped.out
     monkeypatch.setattr(tables, "search", searching)
     methods = [*train_lm.LEARNING_RATES]
