@@ -48,7 +48,9 @@ class Log(contextlib.ExitStack):
             try:
                 self.run = wandb.init(dir=out, **options)
             except wandb.Error as error:
-                raise OSError(f"--log wandb: {error}; WANDB_MODE=offline needs no login") from error
+                raise OSError(
+                    f"--log wandb: {str(error).rstrip('.')}; WANDB_MODE=offline needs no login"
+                ) from error
             self.push(lambda kind, *_: self.run.finish(exit_code=int(kind is not None)))
 
     def write(
@@ -56,9 +58,9 @@ class Log(contextlib.ExitStack):
     ) -> None:
         """Those figures that are numbers, as <group>/<name>, and each layer's γ as a histogram.
 
-        step: by default that of what was written before.
+        group: train, epoch or result. step: by default the one after all that was written before.
         """
-        self.step = self.step if step is None else step
+        self.step = self.step + 1 if step is None and self.step is not None else step
         figures = {f"{group}/{k}": v for k, v in figures.items() if isinstance(v, (int, float))}
         vectors = {f"gamma/{layer}": v.detach().float().cpu() for layer, v in gammas.items()}
         if "tensorboard" in self.package:
@@ -67,7 +69,8 @@ class Log(contextlib.ExitStack):
         if self.run:
             histogram = self.package["wandb"].Histogram
             shown = {name: histogram(v.tolist(), num_bins=BINS) for name, v in vectors.items()}
-            self.run.log(figures | shown, step=self.step)
+            # the row of a step is kept when it is complete: with its epoch, or at the next step
+            self.run.log(figures | shown, step=self.step, commit=group != "train")
 
     def _write_to_board(self, figures: dict[str, float], vectors: dict[str, Tensor]) -> None:
         if not self.board:  # it drops what a killed run has written from this step on

@@ -119,7 +119,8 @@ def fit(
         label = f"{note} epoch {epoch + 1}/{args.epochs}"
         with tqdm(total=len(loader.dataset), desc=label, unit=f" {unit}", leave=False) as bar:
             for i, batch in enumerate(loader):
-                rate = rate_at(epoch * len(loader) + i, steps, warmup, args.lr)
+                at = epoch * len(loader) + i
+                rate = rate_at(at, steps, warmup, args.lr)
                 for group in optimizer.param_groups:
                     group["lr"] = rate * group.get("share", 1.0)
                 optimizer.zero_grad()
@@ -137,15 +138,14 @@ def fit(
                 if i % 20 == 0 or i == len(loader) - 1:  # reading the loss makes the device wait
                     require_finite(loss.item(), [], epoch, rate, checkpoint)
                     bar.set_postfix(loss=f"{running.item() / seen:.3f}", lr=f"{rate:.1e}")
-                    figures = {"loss": loss.item(), "rate": rate}
-                    log.write("train", figures, epoch * len(loader) + i)
+                    log.write("train", {"loss": loss.item(), "rate": rate}, at)
                 bar.update(len(batch[0]))
         seconds = time.perf_counter() - started
         require_finite(running.item(), parameters, epoch, rate, checkpoint)
         val = validate(mean.module if mean else model) if validate else None
         record = {"epoch": epoch + 1, "loss": running.item() / seen, "val": val}
         history.append(record | {"seconds": seconds, f"{unit}_per_second": seen / seconds})
-        log.write("epoch", history[-1], gammas=gammas(model))
+        log.write("epoch", history[-1], at, gammas(model))
         if checkpoint:
             content = {"settings": settings(args), "history": history}
             content |= {"model": methods.trained_state(model), "optimizer": optimizer.state_dict()}

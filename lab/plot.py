@@ -8,7 +8,7 @@
 
 A RUN is the folder of one training run or of a comparison. One function per picture gives it as a
 matplotlib Figure, or None where the runs hold nothing for it; `draw` writes them. A method looks
-the same in all of them, and is told from the others in grey as well: by lightness, dashes, marker.
+the same in all of them, and is told from the others in grey as well: by dashes and marker.
 """
 
 import itertools
@@ -34,22 +34,24 @@ if TYPE_CHECKING:  # an extra, imported where it is used
     from matplotlib.figure import Figure
 
 DASHES = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)), (0, (3, 1, 1, 1, 1, 1)))
-STYLES = {  # method, or variant of --ablation → colour, which dashes, marker
+# method, or variant of --ablation → colour, which dashes, marker; colours are apart without red or
+# green cones too
+STYLES = {
     "linear": ("#969696", 2, "v"),
-    "bias": ("#78a952", 3, "<"),
-    "vpt": ("#8757a8", 4, "P"),
+    "bias": ("#284608", 3, "<"),
+    "vpt": ("#c1a7df", 4, "P"),
     "full": ("#1a1a1a", 3, "D"),
-    "norm": ("#bdb76b", 2, ">"),
-    "ia3": ("#c46a2c", 2, "*"),
-    "hyperadapt": ("#e377a0", 3, "H"),
-    "san2": ("#7a1020", 4, "8"),
-    "lora, r=1": ("#8fc1e3", 2, "s"),
+    "norm": ("#a0b85a", 2, ">"),
+    "ia3": ("#b09070", 2, "*"),
+    "hyperadapt": ("#892e53", 3, "X"),
+    "san2": ("#c34d00", 4, "p"),
+    "lora, r=1": ("#55a0ff", 2, "s"),
     "lora": ("#3a86c0", 1, "s"),
-    "dora": ("#5fc0b0", 4, "p"),
+    "dora": ("#3b8399", 4, "d"),
     "ssf": ("#eda02c", 1, "^"),
     "san": ("#b2182b", 0, "o"),
-    "san+lora": ("#5b2a86", 0, "h"),
-    "san+dora": ("#d6619b", 3, "X"),
+    "san+lora": ("#600058", 0, "s"),
+    "san+dora": ("#7e1391", 0, "d"),
     "both, shift (SAN)": ("#b2182b", 0, "o"),
     "both": ("#e08a6d", 1, "o"),
     "feature, shift": ("#eda02c", 1, "^"),
@@ -57,10 +59,10 @@ STYLES = {  # method, or variant of --ablation → colour, which dashes, marker
     "propagation, shift": ("#3a86c0", 0, "s"),
     "propagation": ("#14456e", 2, "s"),
     "SAN, norms frozen": ("#1a1a1a", 3, "D"),
-    "SAN, γ from N(1, 0.02)": ("#78a952", 4, "P"),
-    "SAN, authors' wiring": ("#8757a8", 2, "X"),
+    "SAN, γ from N(1, 0.02)": ("#969696", 4, "P"),
+    "SAN, authors' wiring": ("#c3a5ea", 2, "X"),
 }
-OTHER = ("#555555", 0, "d")
+OTHER = ("#555555", 1, "8")
 # a run's name tells these wherever runs differ in them, others only between runs of one method
 COMMON = ("dataset", "model", "weights", "image_size", "shots", "epochs", "batch_size", "seed")
 ROW, COLUMNS, BINS = 0.17, 300, 40  # inches per layer; pixels of its channels; of its histogram
@@ -168,11 +170,11 @@ def labels(settings: list[dict], places: list[str]) -> list[str]:
 
 
 def styles(methods: list[str]) -> list[dict]:
-    """matplotlib's line settings; a method's repetitions are paler, every second one hollow."""
+    """matplotlib's line settings; a look's repetitions are paler, every second one hollow."""
     seen, result = Counter(), []
     for method in methods:
-        colour, dashes, marker = STYLES.get(method, OTHER)
-        again, seen[method] = seen[method], seen[method] + 1
+        look = colour, dashes, marker = STYLES.get(method, OTHER)
+        again, seen[look] = seen[look], seen[look] + 1
         parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
         colour = tuple(1 - (1 - part) * 0.65**again for part in parts)
         style = {"color": colour, "linestyle": DASHES[(dashes + again) % len(DASHES)]}

@@ -76,11 +76,13 @@ class Wandb:
         folder = options["dir"] / "wandb" / f"offline-run-2026_{len(self.options):06}-{own}"
         folder.mkdir(parents=True)
         self.options.append(options)
-        rows = self.runs.setdefault(own, {})
+        rows, whole = self.runs.setdefault(own, {}), set()
 
-        def log(figures: dict, step: int) -> None:
+        def log(figures: dict, step: int, commit: bool) -> None:
             for name, value in figures.items():
-                rows.setdefault((name, step), value)  # it takes no step a second time
+                if step not in whole:
+                    rows.setdefault((name, step), value)
+            whole.update([step] * commit)  # it takes no step a second time
 
         return SimpleNamespace(log=log, finish=lambda exit_code: self.codes.append(exit_code))
 
@@ -127,7 +129,7 @@ def test_a_run_logs_steps_epochs_and_its_result_in_both(flags, tmp_path, wandb):
         assert board["train/loss", step] > 0
         assert board["train/rate", step] == loop.rate_at(step, 6, round(0.3 * 2), 0.01)
     for key in ("test", "test_merged", "merge_difference", "trainable", "val"):
-        assert board["result/" + key, 5] == result[key]
+        assert board["result/" + key, 6] == result[key]
     _, gamma = saved.links_and_gammas(tmp_path / "run" / "adapter.pt")
     assert {name for name, _ in board if name.startswith("gamma/")} == {f"gamma/{k}" for k in gamma}
     for layer, values in gamma.items():
@@ -145,7 +147,7 @@ def test_a_llamas_tasks_are_told_and_what_is_no_number_is_not(tmp_path, wandb, m
         score = torch.zeros(3, 2), {"test": 0.25}
         loop.conclude(model, args, [], result, lambda _: score, {}, log=log)
     logged = {name: value for (name, _), value in wandb.runs["id0"].items()}
-    assert {step for _, step in wandb.runs["id0"]} == {7}
+    assert {step for _, step in wandb.runs["id0"]} == {7, 8}
     assert logged["result/boolq"] == 0.5 and logged["result/test"] == 0.25
     assert {*logged} == {"train/loss", "result/boolq"} | {
         f"result/{k}" for k in ("test", "test_merged", "merge_difference", "merge_same")
@@ -230,8 +232,8 @@ def test_what_a_killed_run_wrote_after_its_checkpoint_is_written_once(
 def test_a_new_run_in_an_old_ones_folder_has_a_log_of_its_own(flags, tmp_path, wandb):
     words = [*flags, "--log", "tensorboard", "wandb", "--out", tmp_path]
     assert command(*words) == command(*words, "--epochs", "1") == 0
-    assert {step for _, step in read_board(tmp_path / "tensorboard")} == {0, 1}
-    assert {step for _, step in wandb.runs["id1"]} == {0, 1}
+    assert {step for _, step in read_board(tmp_path / "tensorboard")} == {0, 1, 2}
+    assert {step for _, step in wandb.runs["id1"]} == {0, 1, 2}
 
 
 def test_a_log_is_no_setting_of_a_runs_numbers(flags, tmp_path, wandb, monkeypatch):
@@ -319,7 +321,7 @@ def test_tensorboard_itself_reads_every_figure_once(tmp_path):
         with Log(["tensorboard"], tmp_path) as log:
             for step in range(first, last):
                 log.write("train", {"loss": step / 2, "note": "text"}, step)
-                log.write("epoch", {"val": 0.5}, gammas={"fc1": vector})
+                log.write("epoch", {"val": 0.5}, step, {"fc1": vector})
     events = reader.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert events.Tags()["scalars"] == ["train/loss", "epoch/val"]
     assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [

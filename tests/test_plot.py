@@ -1,5 +1,6 @@
 """plot.py: which pictures appear, that they show the right numbers, and what is refused."""
 
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -7,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import train_lm
+import train_vision
 from lab import paired, plot
 
 pytest.importorskip("matplotlib", reason="pictures need matplotlib, an extra")
@@ -225,6 +228,58 @@ def test_a_method_has_one_style_and_its_repetition_another():
     assert alone[0] == first[1] == again[0]
     for key in ("color", "linestyle", "markerfacecolor"):
         assert again[0][key] != again[1][key]
+
+
+# linear sRGB as it is seen without the cones for green, or for red: Machado et al. 2009
+SIGHT = {
+    "full": [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]],
+    "deuteranopia": [[0.367, 0.861, -0.228], [0.280, 0.673, 0.047], [-0.012, 0.043, 0.969]],
+    "protanopia": [[0.152, 1.053, -0.205], [0.115, 0.786, 0.099], [-0.004, -0.048, 1.052]],
+}
+TO_XYZ = [[0.4339, 0.3762, 0.1899], [0.2126, 0.7152, 0.0722], [0.0177, 0.1095, 0.8728]]  # white: 1
+VARIANTS = [*plot.STYLES].index("both, shift (SAN)")  # they are never drawn beside methods
+TOGETHER = [[*plot.STYLES][:VARIANTS], [*plot.STYLES][VARIANTS:]]
+
+
+def perceived(colour: str, sight: str) -> torch.Tensor:
+    """Its place in CIE L*a*b*, where a distance of 2 can just be seen."""
+    rgb = torch.tensor([int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)])
+    linear = torch.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    x, y, z = torch.tensor(TO_XYZ) @ (torch.tensor(SIGHT[sight]) @ linear).clamp(0.0002, 1)
+    x, y, z = (v ** (1 / 3) if v > 0.008856 else 7.787 * v + 16 / 116 for v in (x, y, z))
+    return torch.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)])
+
+
+@pytest.mark.parametrize("sight", SIGHT)
+@pytest.mark.parametrize("together", TOGETHER, ids=["methods", "variants"])
+def test_no_two_colours_look_alike_whatever_cones_see_them(sight, together):
+    places = {name: perceived(plot.STYLES[name][0], sight) for name in together}
+    for a, b in itertools.combinations(places, 2):
+        assert (places[a] - places[b]).norm() > 15, f"{a} and {b}"
+        assert places[a][0] < 75, f"{a} is pale on white"
+
+
+def test_a_red_and_a_green_look_alike_to_a_deuteranope_alone():
+    red, green = "#b2182b", "#6b6318"
+    near, far = (
+        (perceived(red, sight) - perceived(green, sight)).norm()
+        for sight in ("deuteranopia", "full")
+    )
+    assert near < 10 < 40 < far
+
+
+@pytest.mark.parametrize("together", TOGETHER, ids=["methods", "variants"])
+def test_without_colour_dashes_and_marker_tell_methods_apart(together):
+    rounds = dict.fromkeys("ohH8p", "round")  # which nobody tells apart where they are small
+    looks = [plot.STYLES[name][1:] for name in together] + [plot.OTHER[1:]] * ("san" in together)
+    found = [(dashes, rounds.get(marker, marker)) for dashes, marker in looks]
+    assert len({*found}) == len(found)
+
+
+def test_every_method_has_a_look_of_its_own():
+    assert {*TOGETHER[0]} >= {*train_vision.LEARNING_RATES, *train_lm.METHODS}
+    other, another = plot.styles(["SAN, no warm-up", "projector"])  # these share one
+    assert other["linestyle"] != another["linestyle"] and other["color"] != another["color"]
 
 
 def test_missing_and_broken_runs_are_named_and_nothing_is_written(tmp_path, comparison):
