@@ -33,7 +33,7 @@ class Log(contextlib.ExitStack):
         resumed: bool = False,
     ):
         super().__init__()
-        self.folder, self.step, self.board, self.run = out / "tensorboard", None, None, None
+        self.folder, self.step, self.board, self.run = out / "tensorboard", -1, None, None
         try:
             self.package = {kind: importlib.import_module(PACKAGES[kind]) for kind in kinds}
         except ImportError as error:
@@ -48,9 +48,10 @@ class Log(contextlib.ExitStack):
             try:
                 self.run = wandb.init(dir=out, **options)
             except wandb.Error as error:
-                raise OSError(
-                    f"--log wandb: {str(error).rstrip('.')}; WANDB_MODE=offline needs no login"
-                ) from error
+                said = str(error).rstrip(".")
+                raise OSError(f"--log wandb: {said}; WANDB_MODE=offline needs no login") from error
+            # drawn by our step: those that a killed run has made twice lie on each other
+            self.run.define_metric("*", step_metric="step")
             self.push(lambda kind, *_: self.run.finish(exit_code=int(kind is not None)))
 
     def write(
@@ -60,7 +61,7 @@ class Log(contextlib.ExitStack):
 
         group: train, epoch or result. step: by default the one after all that was written before.
         """
-        self.step = self.step + 1 if step is None and self.step is not None else step
+        self.step = self.step + 1 if step is None else step
         figures = {f"{group}/{k}": v for k, v in figures.items() if isinstance(v, (int, float))}
         vectors = {f"gamma/{layer}": v.detach().float().cpu() for layer, v in gammas.items()}
         if "tensorboard" in self.package:
@@ -69,8 +70,7 @@ class Log(contextlib.ExitStack):
         if self.run:
             histogram = self.package["wandb"].Histogram
             shown = {name: histogram(v.tolist(), num_bins=BINS) for name, v in vectors.items()}
-            # the row of a step is kept when it is complete: with its epoch, or at the next step
-            self.run.log(figures | shown, step=self.step, commit=group != "train")
+            self.run.log({"step": self.step} | figures | shown)
 
     def _write_to_board(self, figures: dict[str, float], vectors: dict[str, Tensor]) -> None:
         if not self.board:  # it drops what a killed run has written from this step on

@@ -111,6 +111,7 @@ def fit(
     checkpoint = out and out / "checkpoint.pt"
     if checkpoint and args.resume:
         history = resume(checkpoint, model, optimizer, mean, args)
+    log.step = len(history) * len(loader) - 1  # the last that is done
     steps, warmup = args.epochs * len(loader), round(args.warmup_epochs * len(loader))
     for epoch in range(len(history), args.epochs):
         torch.manual_seed(args.seed * 100_003 + epoch)
