@@ -233,6 +233,8 @@ def test_a_new_run_in_an_old_ones_folder_has_a_log_of_its_own(flags, tmp_path, w
     assert command(*words) == command(*words, "--epochs", "1") == 0
     assert {step for _, step in read_board(tmp_path / "tensorboard")} == {0, 1, 2}
     assert {step for _, step in wandb.runs["id1"]} == {0, 1, 2}
+    assert command(*flags, "--out", tmp_path) == 0  # nor does one without a log keep the old one's
+    assert not (tmp_path / "tensorboard").exists()
 
 
 def test_a_log_is_no_setting_of_a_runs_numbers(flags, tmp_path, wandb, monkeypatch):
