@@ -31,7 +31,7 @@ import pickle
 import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,7 +109,7 @@ class SANLayer(nn.Module):
             bias = _affine(gamma, _wide(bias), beta, places=0).to(bias.dtype)
         return merged.to(weight.dtype), bias
 
-    # whoever reads this layer instead of calling it finds the merged one
+    # whoever reads this layer instead of calling it finds the merged one; writes to it are lost
     weight = property(lambda self: _mark_used(self).merged()[0])
     bias = property(lambda self: _mark_used(self).merged()[1])
 
@@ -194,6 +194,7 @@ def _wire(model: nn.Module, links: list[Link], settings: dict[str, bool]) -> Non
     model.register_forward_hook(_look_at_first_forward)
 
 
+@torch.inference_mode(False)  # a merged model may be trained on
 @torch.no_grad()
 def _fold(layer: SANLayer) -> nn.Module:
     """The layer itself, with its merged weight and bias."""
@@ -287,7 +288,7 @@ def _write(tensor: Tensor, value: Tensor) -> None:
         from torch.distributed.tensor import distribute_tensor
 
         value = distribute_tensor(value.to(tensor.dtype), tensor.device_mesh, tensor.placements)
-    tensor.data.copy_(value)  # .data: a backward pass may be under way
+    tensor.copy_(value)
 
 
 def _reshard(model: nn.Module) -> None:
@@ -390,10 +391,25 @@ def _unwrapped(module: nn.Module, ddp: bool = True) -> nn.Module:
 
 def _plain(name: str) -> str:
     """A name without its wrappers, and a parametrized weight's as if it were a plain one."""
+    if not isinstance(name, str):
+        raise TypeError(f"a {type(name).__name__} is no name; take one of model.named_modules()")
     parts = [part for part in name.split(".") if part and part not in _WRAPPERS]
     if len(parts) > 2 and parts[-3] == "parametrizations" and parts[-1] == "original":
         parts[-3:] = [parts[-2]]
     return ".".join(parts)
+
+
+def _each(given: Any) -> list:
+    """The entries of what the caller gave; one that stands alone is the only one."""
+    alone = isinstance(given, str | Link) or not isinstance(given, Iterable)
+    return [given] if alone else [*given]
+
+
+def _plain_link(link: Any) -> Link:
+    if not (isinstance(link, tuple | list) and 1 <= len(link) <= 3):
+        raise TypeError(f"a {type(link).__name__} is no link; write Link(layer, anterior, index)")
+    layer, anterior, index = Link(*link)
+    return Link(_plain(layer), None if anterior is None else _plain(anterior), index)
 
 
 def _modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -413,8 +429,10 @@ def _tensors(model: nn.Module, saved: bool = False) -> dict[str, Tensor]:
 
 
 def _replace(model: nn.Module, name: str, new: nn.Module) -> None:
+    """Put a module in a layer's place; the base's own comes back in what wrapped it."""
     parent, _, child = name.rpartition(".")
-    setattr(_modules(model)[parent], child, new)
+    wrapped = (c for n, _, _, c in model._san.children if n == name and _unwrapped(c) is new)
+    setattr(_modules(model)[parent], child, next(wrapped, new))
 
 
 def _closest(name: str, names: Iterable[str]) -> str:
@@ -433,17 +451,16 @@ def _check(
     Raises ValueError or TypeError for the first thing that is not right.
     """
     model = _unwrapped(model, ddp=False)
-    if hasattr(model, "_san") or any(isinstance(module, SANLayer) for module in model.modules()):
-        raise ValueError("this model has SAN layers already; merge or detach it first")
-    if not (settings["scale"] or settings["propagate"]):
-        raise ValueError("γ would act nowhere; leave scale or propagate on")
-    links = [Link(*link) for link in links]
-    links = [
-        Link(_plain(layer), None if anterior is None else _plain(anterior), index)
-        for layer, anterior, index in links
-    ]
+    if place := _where_attached(model):
+        raise ValueError(f"{place} has SAN layers already; merge or detach it first")
+    if torch.is_inference_mode_enabled() or any(p.is_inference() for p in model.parameters()):
+        raise ValueError("what torch.inference_mode() makes cannot train; build and attach outside")
+    links = [_plain_link(link) for link in _each(links)]
     if not links:
         raise ValueError("there is no link; name at least one layer to adapt")
+    propagates = settings["propagate"] and any(link.anterior is not None for link in links)
+    if not (settings["scale"] or propagates):
+        raise ValueError("γ would act nowhere; leave scale on, or propagate it from an anterior")
     modules, tensors = _modules(model), _tensors(model)
     users: dict[int, list[str]] = {}
     for name, tensor in tensors.items():
@@ -458,11 +475,11 @@ def _check(
         for parameter in modules[name].parameters():
             if len(users[id(parameter)]) > 1:
                 tied = " and ".join(f"'{user}'" for user in users[id(parameter)])
-                raise ValueError(f"{tied} are one tied weight, which SAN would scale for both")
+                raise ValueError(f"{tied} are one tied weight; copy or drop one, or unlink it")
     links = [link._replace(index=_check_index(link, names, modules)) for link in links]
 
     keys = []
-    for name in map(_plain, [trainable] if isinstance(trainable, str) else trainable):
+    for name in map(_plain, _each(trainable)):
         own = [k for k in tensors if k == name or k.startswith(f"{name}.")]
         own = [k for k in own if isinstance(tensors[k], nn.Parameter)]
         if not own:
@@ -472,19 +489,15 @@ def _check(
             _require_values(key, tensors[key])
             if inside := [layer for layer in names if key.startswith(f"{layer}.")]:
                 raise ValueError(
-                    f"'{key}' belongs to the linked layer '{inside[0]}', which is frozen"
+                    f"'{key}' is in the linked layer '{inside[0]}', so frozen; link it or train it"
                 )
-            if len(users[id(tensors[key])]) > 1 and _wide(tensors[key]).dtype != tensors[key].dtype:
+            parent, _, last = key.rpartition(".")
+            tied = len(users[id(tensors[key])]) > 1
+            computed = tied or last in getattr(modules[parent], "parametrizations", ())
+            if computed and _wide(tensors[key]).dtype != tensors[key].dtype:
                 raise ValueError(
-                    f"'{key}' is tied and {tensors[key].dtype}, too coarse to train in; make the "
-                    "model float32, or leave it frozen"
-                )
-            parent, _, name = key.rpartition(".")
-            parametrized = name in getattr(modules[parent], "parametrizations", ())
-            if parametrized and _wide(tensors[key]).dtype != tensors[key].dtype:
-                raise ValueError(
-                    f"'{key}' is parametrized and {tensors[key].dtype}, too coarse to train in; "
-                    "make the model float32, or leave it frozen"
+                    f"'{key}' is {'tied' if tied else 'parametrized'} and {tensors[key].dtype}, "
+                    "too coarse to train in; make the model float32, or leave it frozen"
                 )
         keys += own
     return model, links, keys
@@ -498,7 +511,7 @@ def _check_layer(name: str, layer: nn.Module) -> None:
             kind = f"{type(layer).__module__}.{kind}"
         raise TypeError(
             f"layer '{name}' is a {kind}; SAN adapts Linear, Conv1d, Conv2d and Conv3d, their "
-            "subclasses, and transformers' Conv1D"
+            "subclasses, and transformers' Conv1D, so unlink it"
         )
     weight, own = layer._parameters.get("weight"), layer._parameters
     if weight is None or any(getattr(layer, n) is not own.get(n) for n in ("weight", "bias")):
@@ -512,12 +525,13 @@ def _check_layer(name: str, layer: nn.Module) -> None:
         raise ValueError(f"layer '{name}' is not initialised yet; run the model once first")
     _require_values(f"{name}.weight", weight)
     if not weight.is_floating_point() or weight.element_size() < 2:
-        raise TypeError(f"layer '{name}' is quantised to {weight.dtype}; SAN scales plain weights")
+        what = "complex," if weight.is_complex() else "quantised to"
+        raise TypeError(f"layer '{name}' is {what} {weight.dtype}; load it in float32 or bfloat16")
     if hasattr(weight, "full_tensor"):
         raise ValueError(f"layer '{name}' is sharded; adapt the model first, then shard it")
     if type(weight.data) is not Tensor or weight.ndim < 2:
         raise TypeError(
-            f"the weight of layer '{name}' is a {type(weight.data).__name__}, not plain"
+            f"the weight of layer '{name}' is a {type(weight.data).__name__}, not plain; unlink it"
         )
     if taken := {*_OWN, *dir(SANLayer)} & vars(layer).keys() - {"forward"}:
         raise ValueError(
@@ -532,7 +546,7 @@ def _check_layer(name: str, layer: nn.Module) -> None:
     if type(layer) not in _KNOWN and not _is_linear(layer):
         raise TypeError(
             f"layer '{name}', a {kind}, does not compute W x + b with its weight as it is, so that "
-            "nothing could be folded into it"
+            "nothing could be folded into it; unlink it"
         )
 
 
@@ -575,7 +589,7 @@ def _check_index(link: Link, names: list[str], modules: dict[str, nn.Module]) ->
     layer, anterior, index = link
     if anterior is None:
         if index is not None:
-            raise ValueError(f"layer '{layer}' has an index but no anterior layer to read")
+            raise ValueError(f"layer '{layer}' has an index but no anterior; name one or drop it")
         return None
     if anterior == layer:
         raise ValueError(f"layer '{layer}' is linked to itself; its anterior is the layer it reads")
@@ -585,7 +599,9 @@ def _check_index(link: Link, names: list[str], modules: dict[str, nn.Module]) ->
             f"{_closest(anterior, names)}"
         )
     inputs, outputs = _axes(modules[layer]).inputs, _axes(modules[anterior]).outputs
-    index = index if index is None else list(index)
+    index = range(outputs)[index] if isinstance(index, slice) else index
+    if index is not None:  # numpy's and torch's numbers become Python's
+        index = [getattr(i, "tolist", lambda i=i: i)() for i in _each(index)]
     length = outputs if index is None else len(index)
     if length != inputs:
         what = f"'{anterior}' has" if index is None else "the index has"
@@ -595,13 +611,12 @@ def _check_index(link: Link, names: list[str], modules: dict[str, nn.Module]) ->
         )
     if index is None:
         return None
-    numbers = [i.item() if isinstance(i, Tensor) else i for i in index]
-    if not all(type(i) is int and 0 <= i < outputs for i in numbers):
+    if not all(type(i) is int and 0 <= i < outputs for i in index):
         raise ValueError(
             f"the index of layer '{layer}' must be whole numbers from 0 to {outputs - 1}, the "
             f"output channels of '{anterior}'"
         )
-    return torch.tensor(numbers, device=modules[layer].weight.device)
+    return torch.tensor(index, device=modules[layer].weight.device)
 
 
 # --------------------------------------------------- attach's other steps; what is remembered
@@ -615,7 +630,7 @@ class _Attached:
     settings: dict[str, bool]
     trainable: list[str]
     children: list[tuple[str, nn.Module, str, nn.Module]]  # name, parent, name in it, child
-    values: dict[str, Tensor]  # of what `trainable` names and of every buffer
+    values: dict[str, Tensor | None]  # of what `trainable` names and of every buffer
     shapes: dict[str, list[int]]  # of all that a state dict holds
     required_grad: dict[str, bool]
     disabled: bool = False
@@ -623,7 +638,9 @@ class _Attached:
 
 def _remember(model: nn.Module, links: list[Link], trainable: list[str], settings: dict) -> None:
     tensors = _tensors(model)
-    kept = [k for k, v in tensors.items() if k in trainable or not isinstance(v, nn.Parameter)]
+    kept = {key: tensors[key] for key in trainable}
+    for name, module in model.named_modules(remove_duplicate=False):
+        kept |= {_plain(f"{name}.{own}"): buffer for own, buffer in module._buffers.items()}
     model._san = _Attached(
         links=links,
         settings=settings,
@@ -634,7 +651,7 @@ def _remember(model: nn.Module, links: list[Link], trainable: list[str], setting
             for child_name, child in module._modules.items()
             if child is not None
         ],
-        values={key: tensors[key].detach().clone() for key in kept},
+        values={key: v if v is None else v.detach().clone() for key, v in kept.items()},
         shapes=_shapes(_tensors(model, saved=True)),
         required_grad={k: v.requires_grad for k, v in tensors.items()},
     )
@@ -718,6 +735,8 @@ def _adapted(model: nn.Module) -> tuple[nn.Module, dict[str, SANLayer]]:
     """The model itself and its SAN layers by name. Raises ValueError if it has none to use."""
     model = _unwrapped(model)
     if not hasattr(model, "_san"):
+        if place := _where_attached(model):
+            raise ValueError(f"{place} has the SAN layers; give that in place of this")
         raise ValueError("this model has no SAN layers (never attached, or merged or detached)")
     if model._san.disabled:
         raise ValueError("the SAN layers are disabled; do this outside of `disabled`")
@@ -729,12 +748,22 @@ def _adapted(model: nn.Module) -> tuple[nn.Module, dict[str, SANLayer]]:
     return model, layers
 
 
+def _where_attached(model: nn.Module) -> str | None:
+    """What `attach` was given, in words, if there is a SAN layer in this model."""
+    for name, module in _modules(model).items():
+        if hasattr(module, "_san"):
+            return f"the part '{name}' of this model" if name else "this model"
+        if isinstance(module, SANLayer):
+            return "the model that this is a part of"
+    return None
+
+
 def _layers(model: nn.Module) -> dict[str, SANLayer]:
     modules = _modules(model)
     layers = {link.layer: modules.get(link.layer) for link in model._san.links}
     for name, layer in layers.items():
         if not isinstance(layer, SANLayer):
-            raise ValueError(f"the linked layer '{name}' was taken out of the model after attach")
+            raise ValueError(f"the linked layer '{name}' was taken out after attach; put it back")
     return layers
 
 
@@ -766,23 +795,24 @@ def _require_finite(what: str, *tensors: Tensor | None) -> None:
             )
 
 
-def _replaced(model: nn.Module) -> list[tuple[str, nn.Module, str, nn.Module]]:
-    """The children of the base that the caller has put others in place of."""
-    found = []
-    for entry in model._san.children:
-        _, parent, name, child = entry
+def _replaced(model: nn.Module) -> tuple[str, ...]:
+    """What names begin with in what the caller has put in place of children of the base."""
+    found = ()
+    for prefix, parent, name, child in model._san.children:
         now = parent._modules.get(name)
         now = None if now is None else _unwrapped(now)
         if now is not _unwrapped(child) and not isinstance(now, SANLayer):
-            found.append(entry)
+            found += (f"{prefix}.",)
     return found
 
 
 def _require_remembered(model: nn.Module) -> None:
-    kept = {*model._san.trainable, *_gammas_and_betas(model)}
-    replaced = tuple(f"{name}." for name, *_ in _replaced(model))
-    for key, tensor in _tensors(model).items():
-        if tensor.requires_grad and key not in kept and not key.startswith(replaced):
+    tensors = _tensors(model)
+    names = [*model._san.trainable, *_gammas_and_betas(model)]
+    kept = {id(tensors.get(name)) for name in names}  # what is tied has several names
+    replaced = _replaced(model)
+    for key, tensor in tensors.items():
+        if tensor.requires_grad and id(tensor) not in kept and not key.startswith(replaced):
             raise ValueError(
                 f"'{key}' was set to train after attach, so that its base value is not kept; name "
                 "it in `trainable`, or load the base model anew"
@@ -801,24 +831,38 @@ def _put_base_layers(model: nn.Module) -> None:
                 child.train(parent.training)  # model.eval() did not reach it
 
 
+def _fits(tensor: Tensor | None, value: Tensor | None) -> bool:
+    """Whether the value can be written into the tensor, which so stays the model's own."""
+    both = tensor is not None and value is not None
+    return both and tensor.shape == value.shape and not tensor.is_inference()
+
+
+@torch.inference_mode(False)
 @torch.no_grad()
-def _put(model: nn.Module, values: dict[str, Tensor]) -> None:
-    """Write values into parameters and buffers; one of another shape becomes a new parameter."""
+def _put(model: nn.Module, values: dict[str, Tensor | None]) -> None:
+    """Write values into parameters and buffers; one that does not fit is put in their place."""
     _reshard(model)
+    torch.clear_autocast_cache()  # it holds what half precision made of the former values
     modules, tensors = _modules(model), _tensors(model)
     for key, value in values.items():
-        if tensors[key].shape == value.shape:
-            _write(tensors[key], value)
-            continue
         parent, _, name = key.rpartition(".")
-        old, layer = tensors[key], modules[parent]
-        new = nn.Parameter(value.to(old.device, old.dtype), requires_grad=old.requires_grad)
-        chains = getattr(layer, "parametrizations", {})  # of what trains in float32
-        holder, own = (chains[name], "original") if name in chains else (layer, name)
-        holder._parameters[own] = new
-        setattr(layer, "out_features" if isinstance(layer, nn.Linear) else "out_channels", len(new))
+        old, layer = tensors.get(key), modules[parent]
+        if _fits(old, value):
+            _write(old, value)
+        elif name in layer._buffers:
+            like = value if old is None else old
+            layer._buffers[name] = value if value is None else value.to(like, copy=True)
+        else:
+            if not isinstance(value, nn.Parameter):  # else it comes back from `disabled`
+                value = nn.Parameter(value.to(old), requires_grad=old.requires_grad)
+            chains = getattr(layer, "parametrizations", {})  # of what trains in float32
+            holder, own = (chains[name], "original") if name in chains else (layer, name)
+            holder._parameters[own] = value
+            size = "out_features" if isinstance(layer, nn.Linear) else "out_channels"
+            setattr(layer, size, len(value))
 
 
+@torch.inference_mode(False)
 def _forget(model: nn.Module) -> None:
     """No trace of SAN: what trained in float32 is rounded to its own type, flags are as before."""
     required_grad = model._san.required_grad
@@ -846,6 +890,8 @@ def _forget(model: nn.Module) -> None:
 def disabled(model: nn.Module) -> Iterator[None]:
     """Inside, the model computes the base model's output; afterwards the adapted one's again.
 
+    Run a backward pass on the side where its forward pass ran: torch refuses the other one, as
+    "modified by an inplace operation", but does not see it where FSDP2 has sharded.
     Raises ValueError for a model without SAN layers, and where `detach` would.
     """
     model = _unwrapped(model)
@@ -855,20 +901,27 @@ def disabled(model: nn.Module) -> Iterator[None]:
     _adapted(model)
     _require_remembered(model)
     attached = model._san
-    adapted = [
-        (parent, name, parent._modules.get(name)) for _, parent, name, _ in attached.children
-    ]
-    trained: dict[str, Tensor] = {}
+    adapted = [(p, name, p._modules.get(name), p.training) for _, p, name, _ in attached.children]
+    trained, versions = {}, ExitStack()  # torch tells by a version what a backward pass may read
     try:
         attached.disabled = True
         _put_base_layers(model)
         tensors = _tensors(model)
-        trained.update((key, tensors[key].detach().clone()) for key in attached.values)
+        for key, value in attached.values.items():
+            trained[key] = tensor = tensors.get(key)
+            if _fits(tensor, value):
+                trained[key] = tensor.detach().clone()
+                versions.enter_context(torch.autograd._unsafe_preserve_version_counter(tensor))
+                for _ in range(99):  # further than the next steps bring it
+                    torch.autograd.graph.increment_version(tensor)
         _put(model, attached.values)
         yield
     finally:
         _put(model, trained)
-        for parent, name, child in adapted:
+        versions.close()
+        for parent, name, child, training in adapted:
+            if child not in (None, parent._modules.get(name)) and parent.training != training:
+                child.train(parent.training)  # model.eval() did not reach it
             parent._modules[name] = child
         attached.disabled = False
 
@@ -941,12 +994,9 @@ def save_adapter(model: nn.Module, path: str | os.PathLike) -> None:
     for key, value in values.items():
         _require_finite(f"'{key}'", value)
     attached = model._san
-    lost = tuple(f"{name}." for name, *_ in _replaced(model))
-    frozen = {
-        key: shape
-        for key, shape in attached.shapes.items()
-        if key not in values and not key.startswith(lost)
-    }
+    lost = _replaced(model)
+    frozen = {k: shape for k, shape in attached.shapes.items() if k not in values}
+    frozen = {k: shape for k, shape in frozen.items() if not k.startswith(lost)}
     content = {"san": _FORMAT, "links": [tuple(link) for link in attached.links]}
     content |= {"settings": attached.settings, "values": values, "frozen": frozen}
     content["samples"] = {name: _sample(layer.layer.weight) for name, layer in layers.items()}
@@ -979,7 +1029,7 @@ def _different(model: nn.Module) -> dict[str, Tensor]:
     """Name → tensor of all that may differ from the base model's."""
     attached, found = model._san, {}
     inside = tuple(f"{link.layer}.layer." for link in attached.links)
-    new = tuple(f"{name}." for name, *_ in _replaced(model))
+    new = _replaced(model)
     for key, tensor in _tensors(model, saved=True).items():
         if key.startswith(inside):
             if tensor.requires_grad:
@@ -1009,8 +1059,8 @@ def load_adapter(model: nn.Module, path: str | os.PathLike) -> None:
     """
     content = read_adapter(path)
     model = _unwrapped(model, ddp=False)
-    if hasattr(model, "_san"):
-        raise ValueError("this model has SAN layers already; load onto a fresh base model")
+    if place := _where_attached(model):
+        raise ValueError(f"{place} has SAN layers already; load onto a fresh base model")
     links, values, own = content["links"], content["values"], _tensors(model, saved=True)
     try:
         added = {f"{layer}.{name}" for layer, *_ in links for name in ("gamma", "beta")}
@@ -1028,7 +1078,9 @@ def load_adapter(model: nn.Module, path: str | os.PathLike) -> None:
             detach(model)
         if isinstance(error, ValueError) and str(path) in str(error):
             raise
-        raise ValueError(f"{path} is a broken adapter: {str(error) or error!r}") from error
+        refused = isinstance(error, ValueError | TypeError)  # by attach
+        fault = "cannot be loaded onto this model" if refused else "is a broken adapter"
+        raise ValueError(f"{path} {fault}: {str(error) or repr(error)}") from error
 
 
 def read_adapter(path: str | os.PathLike) -> dict[str, Any]:
@@ -1072,6 +1124,7 @@ def _check_base(path: Any, frozen: dict, values: dict, model: nn.Module) -> None
 def _check_samples(path: Any, samples: dict, links: list[Link], own: dict[str, Tensor]) -> None:
     """Raise ValueError if a linked weight has other values, whatever either was rounded to."""
     for name, *_ in links:
+        _require_values(f"{name}.weight", own[f"{name}.weight"])
         there, here = samples[name], _sample(own[f"{name}.weight"])
         if not torch.allclose(here, there, rtol=0, atol=0.1 * there.abs().max().item()):
             raise ValueError(

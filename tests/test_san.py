@@ -12,6 +12,7 @@ from collections import OrderedDict
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -156,8 +157,15 @@ def test_a_trainable_part_whose_weight_is_tied_to_another_is_trained():
     model = nn.Sequential(OrderedDict(words=nn.Embedding(9, 8), fc=nn.Linear(8, 8)))
     model.add_module("head", nn.Linear(8, 9, bias=False))
     model.head.weight = model.words.weight
+    base = model.words.weight.detach().clone()
     attach(model, [Link("fc")], trainable=["head"])
     assert model.head.weight.requires_grad
+    moved = trained(model).words.weight.detach().clone()
+    with disabled(model):
+        assert torch.equal(model.words.weight, base)
+    assert torch.equal(model.words.weight, moved)
+    detach(model)
+    assert torch.equal(model.words.weight, base)
 
 
 @each_setting
@@ -344,6 +352,65 @@ def test_a_loss_may_compare_the_adapted_with_the_disabled_output():
     assert all(map(torch.equal, gradients, expected))
 
 
+@pytest.mark.parametrize("side", ["inside", "outside", "a step later", "after detach"])
+def test_a_backward_pass_on_the_other_side_of_its_forward_is_refused(side):
+    """Its values are not there any more, and torch knows."""
+    model, x = adapted_mlp(), torch.randn(2, 6).double().requires_grad_()
+    optimiser = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    model(x).sum().backward()
+    output = model(x)
+    if side == "after detach":
+        detach(model)
+    else:
+        with disabled(model):
+            if side == "inside":
+                with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                    output.sum().backward()
+            output = model(x)
+            torch.autograd.grad(output.sum(), x, retain_graph=True)  # on its own side it runs
+    if side == "a step later":
+        optimiser.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        output.sum().backward()
+
+
+class Growing(nn.Module):
+    """fc of all that it has read, which it keeps in a buffer."""
+
+    def __init__(self, first):
+        super().__init__()
+        self.fc = nn.Linear(6, 8)
+        self.register_buffer("read", first)
+
+    def forward(self, x):
+        x = x.detach() if self.read is None else torch.cat([self.read, x.detach()])
+        self.register_buffer("read", x)
+        return self.fc(x)
+
+
+@pytest.mark.parametrize("first", [None, torch.zeros(0, 6), torch.ones(2, 6)])
+@pytest.mark.parametrize("then", ["grown", "grown in inference", "None"])
+def test_a_buffer_that_a_forward_replaces_comes_back_as_it_was(first, then):
+    def same(one, other):
+        return one is other is None or torch.equal(one, other)
+
+    model, x = Growing(first), torch.randn(3, 6)
+    base = model(x).detach()
+    model.read = first
+    attach(model, [Link("fc")])
+    with torch.inference_mode(then == "grown in inference"):
+        trained(model)(x)
+    model.read = None if then == "None" else model.read
+    read = model.read
+    for _ in range(2):
+        with disabled(model):
+            assert same(model.read, first) and torch.equal(model(x), base)
+        assert same(model.read, read)
+    detach(model)
+    assert same(model.read, first) and torch.equal(model(x), base)
+    assert "read" in model._buffers and len([*model.parameters()]) == 2
+
+
 def test_a_deep_copy_is_independent_and_shares_gamma_within_itself():
     model, x = adapted_mlp(), torch.randn(2, 6).double()
     with unchanged(model):
@@ -431,8 +498,34 @@ def test_a_new_head_of_another_size_is_loaded_and_detached(tmp_path):
     with unchanged(other):
         load_adapter(other, tmp_path / "a.pt")
         assert torch.equal(other(x), model(x)) and other.head.out_features == 7
+        weight = other.head.weight
+        with disabled(other):
+            assert torch.equal(other(x), mlp()(x)) and other.head.out_features == 3
+        assert other.head.weight is weight  # an optimizer holds it
+        assert torch.equal(other(x), model(x)) and other.head.out_features == 7
         detach(other)
     assert other.head.out_features == 3
+
+
+class Squared(nn.Linear):
+    def forward(self, x):
+        return super().forward(x).square()
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda model: model.to("meta"), "'fc1.weight' is on the meta device.*load the model"),
+        (lambda model: setattr(model.fc1, "__class__", Squared), "a Squared, does not compute"),
+    ],
+)
+def test_a_file_is_not_blamed_for_what_the_model_is(change, message, tmp_path):
+    save_adapter(adapted_mlp(), tmp_path / "a.pt")
+    model = mlp()
+    change(model)
+    with pytest.raises(ValueError, match=f"a.pt cannot be loaded onto this model: .*{message}"):
+        load_adapter(model, tmp_path / "a.pt")
+    assert not hasattr(model, "_san")
 
 
 class Malicious:
@@ -541,6 +634,7 @@ def zoo():
     model.add_module("words", nn.Embedding(5, 8))
     model.add_module("deep", nn.ModuleDict({"fc": nn.Linear(4, 4)}))
     model.add_module("alias", model.tied)
+    model.add_module("complex", nn.Linear(8, 8, dtype=torch.complex64))
     model.twin.weight = model.tied.weight
     model.fc2.weight.requires_grad_(False)
     return model
@@ -553,20 +647,37 @@ def zoo():
         (Link("fc1"), {}, ValueError, "'fc1' is linked twice"),
         (Link("fc2", "norm"), {}, ValueError, "'norm' of layer 'fc2' is not adapted"),
         (Link("fc2", "fc"), {}, ValueError, "not adapted.*closest names are .*fc1"),
-        (Link("fc2", None, range(8)), {}, ValueError, "index but no anterior"),
+        (Link("fc2", None, range(8)), {}, ValueError, "index but no anterior; name one"),
         (Link("fc2", "fc1", range(5)), {}, ValueError, "reads 8 channels but the index has 5"),
         (Link("deep.fc", "fc1"), {}, ValueError, "reads 4 channels but 'fc1' has 8"),
         (Link("fc2", "fc1", range(1, 9)), {}, ValueError, "whole numbers from 0 to 7"),
         (Link("fc2", "fc1", range(-1, 7)), {}, ValueError, "whole numbers from 0 to 7"),
         (Link("fc2", "fc1", [0.5] * 8), {}, ValueError, "whole numbers from 0 to 7"),
+        (Link("fc2", "fc1", [True] * 8), {}, ValueError, "whole numbers from 0 to 7"),
+        (Link("fc2", "fc1", np.arange(8.0)), {}, ValueError, "whole numbers from 0 to 7"),
+        (Link("fc2", "fc1", torch.zeros(8, 2)), {}, ValueError, "whole numbers from 0 to 7"),
+        (Link("fc2", "fc1", slice(4)), {}, ValueError, "reads 8 channels but the index has 4"),
+        (Link("fc2", "fc1", 3), {}, ValueError, "reads 8 channels but the index has 1"),
         (Link("norm"), {}, TypeError, "'norm' is a LayerNorm; SAN adapts Linear, Conv1d"),
         (Link("back"), {}, TypeError, "'back' is a ConvTranspose1d"),
         (Link("words"), {}, TypeError, "'words' is a Embedding"),
-        (Link("tied"), {}, ValueError, "'tied.weight' and 'twin.weight' .*tied"),
+        (
+            Link("complex"),
+            {},
+            TypeError,
+            "'complex' is complex, torch.complex64; load it in float32",
+        ),
+        (
+            Link("tied"),
+            {},
+            ValueError,
+            "'tied.weight' and 'twin.weight' .*tied.*; copy or drop one",
+        ),
         (Link("twin"), {}, ValueError, "'tied.weight' and 'twin.weight' .*tied"),
         (Link("alias"), {}, ValueError, "'alias.*tied"),
         (None, {}, ValueError, "no link"),
         (Link("fc2"), {"scale": False, "propagate": False}, ValueError, "γ would act nowhere"),
+        (Link("fc2"), {"scale": False}, ValueError, "γ would act nowhere; leave scale on, or"),
         (Link("fc2"), {"trainable": ["nrm"]}, ValueError, "'nrm'; the closest names are .*norm"),
         (Link("fc2"), {"trainable": ["norm", "fc2"]}, ValueError, "'fc2.weight' .*linked layer"),
     ],
@@ -578,6 +689,57 @@ def test_what_attach_cannot_do_it_says_and_leaves_the_model_as_it_was(
     with unchanged(model), pytest.raises(error, match=message) as caught:
         attach(model, [Link("fc1"), link] if link else [], **settings)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "links, trainable, message",
+    [
+        (["fc1"], [], r"a str is no link; write Link\(layer"),
+        ("fc1", [], "a str is no link"),
+        (lambda: LINKS, [], "a function is no link"),
+        ([Link(nn.Linear(6, 8))], [], "a Linear is no name; take one of model.named_modules"),
+        ([Link("fc2", nn.Linear(6, 8))], [], "a Linear is no name"),
+        (LINKS, [nn.Linear(6, 8)], "a Linear is no name"),
+        (LINKS, nn.Linear(6, 8), "a Linear is no name"),
+        (LINKS, None, "a NoneType is no name"),
+    ],
+)
+def test_what_stands_for_a_link_or_a_name_and_is_none_is_refused(links, trainable, message):
+    model = mlp()
+    with unchanged(model), pytest.raises(TypeError, match=message):
+        attach(model, links, trainable=trainable)
+
+
+@pytest.mark.parametrize(
+    "index",
+    [slice(2, 5), np.arange(2, 5), torch.arange(2, 5), [np.int64(2), torch.tensor(3), 4]],
+    ids=["slice", "numpy", "torch", "mixed"],
+)
+def test_an_index_may_be_a_slice_and_hold_the_numbers_of_numpy_and_torch(index):
+    model = nn.Sequential(nn.Linear(6, 8), nn.Linear(3, 2))
+    attach(model, [Link("0"), Link("1", "0", index)])
+    assert model[1].index.tolist() == [2, 3, 4]
+
+
+def test_a_link_or_a_name_may_stand_alone():
+    model = mlp()
+    attach(model, Link("fc1"), trainable="norm")
+    assert trainable_names(model) == ["fc1.gamma", "norm.weight", "norm.bias"]
+
+
+def test_of_a_model_with_a_part_that_was_adapted_the_part_is_named():
+    model = nn.ModuleDict({"body": mlp()})
+    attach(model["body"], LINKS)
+    with unchanged(model), pytest.raises(ValueError, match="'body' of this model has .* already"):
+        attach(model, [Link("body.head")])
+    with unchanged(model), pytest.raises(ValueError, match="'body' of this model has the SAN"):
+        merge(model)
+    detach(model["body"])
+    attach(model, [Link("body.fc1")])
+    with unchanged(model), pytest.raises(ValueError, match="this is a part of has .* already"):
+        attach(model["body"], LINKS)
+    with unchanged(model), pytest.raises(ValueError, match="this is a part of has the SAN"):
+        merge(model["body"])
 
 
 def test_attaching_twice_is_refused_and_keeps_the_first():
@@ -615,9 +777,14 @@ def test_a_module_of_the_base_comes_back_in_the_models_mode():
     model = mlp()
     model.head = nn.Sequential(nn.Dropout(), model.head)
     attach(model.train(), LINKS)
-    model.head = nn.Linear(8, 3).double()
-    detach(model.eval())
-    assert not any(module.training for module in model.modules())
+    model.head = nn.Sequential(nn.Dropout(), nn.Linear(8, 3).double())
+    with disabled(model):
+        assert all(module.training for module in model.modules())
+        model.eval()
+        assert not any(module.training for module in model.modules())
+    assert not any(module.training for module in model.modules())  # nor those that were away
+    detach(model.train())
+    assert all(module.training for module in model.modules())
 
 
 def test_san_is_one_file_that_needs_torch_alone(tmp_path):

@@ -216,6 +216,11 @@ def compiled_block(model: nn.Module) -> nn.Module:
     return model
 
 
+def compiled_layer(model: nn.Module) -> nn.Module:
+    model.blocks[1].fc1 = torch.compile(model.blocks[1].fc1, backend="eager")
+    return model
+
+
 def compiled_in_place(model: nn.Module) -> nn.Module:
     model.blocks[1].compile(backend="eager")
     return model
@@ -233,6 +238,7 @@ WRAPPERS = {
     "compiled DataParallel": lambda model: torch.compile(nn.DataParallel(model), backend="eager"),
     "averaged": torch.optim.swa_utils.AveragedModel,
     "compiled block": compiled_block,
+    "compiled layer": compiled_layer,
     "block compiled in place": compiled_in_place,
     "checkpointed block": checkpointed_block,
 }
@@ -277,6 +283,24 @@ def test_links_and_trainable_may_name_a_wrapper_as_named_modules_does():
     assert san.summary(model)["trainable"] == 7 + 9 + 7 + 7
 
 
+@pytest.mark.parametrize("side", ["inside", "outside", "on its own"])
+def test_of_a_compiled_model_too_a_backward_pass_on_the_other_side_of_disabled_is_refused(side):
+    model, x = adapted(), inputs()
+    compiled = torch.compile(model, backend="aot_eager")
+    expected = gradients(model, lambda: model(x).square().sum())
+    output = compiled(x)
+    with disabled(compiled):
+        if side == "inside":
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                output.sum().backward()
+        base = compiled(x.requires_grad_())
+    if side == "outside":
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            base.sum().backward()
+    if side == "on its own":
+        assert same(gradients(model, lambda: output.square().sum()), expected, 1e-5)
+
+
 def test_a_first_forward_inside_of_disabled_is_the_base_models():
     model, x = adapted(), inputs()
     with disabled(model):
@@ -305,6 +329,37 @@ def test_under_autocast_and_a_gradient_scaler_the_gradients_are_those_of_float32
     before = model.stem.gamma.detach().clone()
     scaler.step(optimiser)
     torch.testing.assert_close(model.stem.gamma, before - 0.1 * scaled["stem.gamma"])
+
+
+def test_inside_of_autocast_disabled_does_not_see_the_trained_weights():
+    """Which autocast keeps, in half precision, until it ends."""
+    model, x = adapted(), inputs()
+    with torch.autocast("cpu", torch.bfloat16):
+        base, expected = plain()(x), model(x)
+        with disabled(model):
+            assert torch.equal(model(x), base)
+        assert torch.equal(model(x), expected)
+
+
+@pytest.mark.parametrize("built", ["inside", "outside"])
+def test_attach_under_inference_mode_is_refused_since_nothing_would_train(built):
+    with torch.inference_mode(built == "inside"):
+        model = plain()
+    with torch.inference_mode(built == "outside"):
+        with pytest.raises(ValueError, match=r"torch.inference_mode\(\) makes cannot train"):
+            attach(model, Net.links)
+    assert not hasattr(model, "_san")
+
+
+@pytest.mark.parametrize("end", [merge, detach])
+def test_what_merge_and_detach_give_back_under_inference_mode_can_be_trained(end):
+    model, x = adapted(torch.bfloat16), inputs().bfloat16()
+    with torch.inference_mode():
+        with disabled(model):
+            assert torch.equal(model(x), plain().bfloat16()(x))
+        end(model)
+    found = gradients(model.requires_grad_(), lambda: model(x).sum())
+    assert [*found] == [name for name, _ in plain().named_parameters()]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
