@@ -191,6 +191,8 @@ def build(plan: Plan) -> tuple[Network, list[Link]]:
             writer = f"blocks.{number}.layer"
         else:
             writer = None
+    # else γ would act nowhere, which attach refuses
+    hypothesis.assume(plan.mode != "propagation" or any(link.anterior for link in links))
     model = randomise(Network(blocks), plan.seed).to(plan.dtype)
     model.blocks[0].layer.weight.requires_grad_(False)  # a flag that detach has to bring back
     return model, links
