@@ -912,7 +912,7 @@ def disabled(model: nn.Module) -> Iterator[None]:
             if _fits(tensor, value):
                 trained[key] = tensor.detach().clone()
                 versions.enter_context(torch.autograd._unsafe_preserve_version_counter(tensor))
-                for _ in range(99):  # further than the next steps bring it
+                for _ in range(9):  # further than the next steps bring it
                     torch.autograd.graph.increment_version(tensor)
         _put(model, attached.values)
         yield
