@@ -19,11 +19,23 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset, default_collate
 
 import models
 import san
-from lab import llama, llava, loop, methods, microworld, paired, questions, saved, tables, visual
+from lab import (
+    llama,
+    llava,
+    loop,
+    methods,
+    microworld,
+    paired,
+    questions,
+    ranks,
+    saved,
+    tables,
+    visual,
+)
 from lab.log import NOWHERE, Log
 from lab.questions import IGNORE, LlamaTokenizer, Questions, Tokenizer, encode
 from lab.scoring import ABSENT, accuracy, answer, branch, guesses, mean, per_character, speak
@@ -274,7 +286,7 @@ def questions_job(
         print(f"left out: {len(encoded) - len(kept)} training examples beyond the context")
     if not kept:
         raise ValueError(f"no training example fits into the context of {model.context} tokens")
-    loader = DataLoader(kept, args.batch_size, shuffle=True, collate_fn=read)
+    loader = DataLoader(kept, args.batch_size, shuffle=True, collate_fn=ranks.sharing(read))
     if visual.has_texts(asked):
         scored = (encoded_of(split) for split in (asked.val, asked.test))
         return words_job(loader, *(DataLoader(own, 64, collate_fn=read) for own in scored), args)
@@ -335,9 +347,9 @@ def corpus_job(tokenizer: Tokenizer, args: argparse.Namespace) -> Job:
         return TensorDataset(tokens[:-1].view(n, WINDOW), tokens[1:].view(n, WINDOW))
 
     val, test = (DataLoader(windows(n, seed), 64) for n, seed in ((1000, 1), (2000, 2)))
-    return words_job(
-        DataLoader(windows(DOCUMENTS, 0), args.batch_size, shuffle=True), val, test, args
-    )
+    own = ranks.sharing(default_collate)
+    train = DataLoader(windows(DOCUMENTS, 0), args.batch_size, shuffle=True, collate_fn=own)
+    return words_job(train, val, test, args)
 
 
 def words_job(loader: DataLoader, val: DataLoader, test: DataLoader, args) -> Job:
@@ -411,8 +423,9 @@ def run(args: argparse.Namespace) -> None:
         if asked and args.weights != "none":  # what the base is worth as it is
             before = job.test(model)[1]
             most = 4 if asked.pictures is None else None
-            shown = {t: own[0] for t, own in [*asked.test.items()][:most] if own[0].prompt}
-            visual.save_pictures(shown, asked.pictures, Path(args.out))
+            if not ranks.number():
+                shown = {t: own[0] for t, own in [*asked.test.items()][:most] if own[0].prompt}
+                visual.save_pictures(shown, asked.pictures, Path(args.out))
             result["test_base"] = before["test"]
         said = speech()
         history, figures = train(adapt(model, args), job, args, Path(args.out), args.method, log)
@@ -522,7 +535,8 @@ def settings_of(row: str, args: argparse.Namespace) -> argparse.Namespace:
 
 
 def main() -> None:
-    args = arguments()
+    with ranks.quiet():
+        args = arguments()
     work = evaluate_run if args.evaluate else compare if args.compare else run
     loop.guard(tables.print_tables if args.table else work, args)
 

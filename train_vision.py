@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
 import models
-from lab import checkpoints, loop, methods, paired, pictures, plot, sprites, tables, variants
+from lab import checkpoints, loop, methods, paired, pictures, plot, ranks, sprites, tables, variants
 from lab.batches import factor_accuracy, factor_loss, loader, outputs_of, prepare
 from lab.log import NOWHERE, Log
 from lab.pictures import Data, Task, set_name
@@ -234,8 +234,9 @@ def run(args: argparse.Namespace) -> None:
     name = args.model[0]
     args.lr = args.lr or DEFAULT_RATES[args.method]
     out = Path(args.out)
-    data = pictures.load_named(args, size_of(name, args))
-    base = load_model(args, name, data.factors)
+    with ranks.first_here():
+        data = pictures.load_named(args, size_of(name, args))
+        base = load_model(args, name, data.factors)
     model = copy.deepcopy(base)
     methods.adapt(model, args.method, args)  # before anything is written: it may be refused
     base, model = (loop.on_device(m, args.device) for m in (base, model))
@@ -264,7 +265,8 @@ def evaluate_run(args: argparse.Namespace) -> None:
         args, ("device", "workers", "data_dir"), ("state_dict", "factors", "image_size")
     )
     name = saved.model[0]
-    data = pictures.load_named(saved, size)
+    with ranks.first_here():
+        data = pictures.load_named(saved, size)
     try:
         checkpoints.require_head(state, sum(factors))  # before so large a model is made
         model = models.build(name, sum(factors), size)
@@ -422,7 +424,8 @@ def draw(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    args = arguments()
+    with ranks.quiet():
+        args = arguments()
     if args.table or args.plot:
         work = tables.print_tables if args.table else draw
     else:

@@ -7,7 +7,7 @@ is asked for. `to_input` turns a batch of bytes into what a model reads. [us] ou
 import functools
 import math
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -20,10 +20,11 @@ from torch.utils.data import (
     RandomSampler,
     SequentialSampler,
     TensorDataset,
+    default_collate,
 )
 from tqdm import tqdm
 
-from lab import checkpoints
+from lab import checkpoints, ranks
 
 
 def to_input(images: Tensor) -> Tensor:
@@ -135,20 +136,66 @@ def resize(pictures: Tensor, size: int) -> Tensor:
 
 
 def loader(pictures: Dataset, args: Namespace, shuffle: bool = False) -> DataLoader:
-    """Batches, of what is `Resident` on its device already; larger where nothing is trained."""
-    batch = args.batch_size if shuffle else max(256, args.batch_size)
+    """Batches, of what is `Resident` on its device already; larger where nothing is trained.
+
+    To train on, a rank's rows of every batch, which are drawn as one process draws them; to score,
+    the batches that are dealt to it.
+    """
     if isinstance(pictures, Resident):
-        order = RandomSampler(pictures) if shuffle else SequentialSampler(pictures)
-        sampler = BatchSampler(order, batch, drop_last=False)
-        return DataLoader(pictures, sampler=sampler, batch_size=None)
-    workers = 0 if isinstance(pictures, TensorDataset) else args.workers
-    return DataLoader(
-        pictures,
-        batch_size=batch,
-        shuffle=shuffle,
-        num_workers=workers,
-        pin_memory=args.device.type == "cuda",
-    )
+        if shuffle:
+            sampler = BatchSampler(RandomSampler(pictures), args.batch_size, drop_last=False)
+            return DataLoader(pictures, sampler=sampler, batch_size=None, collate_fn=ranks.cut)
+        return DataLoader(pictures, sampler=in_order(pictures, args), batch_size=None)
+    in_memory = isinstance(pictures, TensorDataset)
+    loading = {
+        "num_workers": 0 if in_memory else args.workers,
+        "pin_memory": args.device.type == "cuda",
+    }
+    if not shuffle:
+        return DataLoader(pictures, batch_sampler=in_order(pictures, args), **loading)
+    rows = pictures if in_memory else Drawn(pictures)
+    order = (RandomSampler if in_memory else Seeded)(rows)
+    collate = ranks.sharing(default_collate if in_memory else rows.read)
+    return DataLoader(rows, args.batch_size, sampler=order, collate_fn=collate, **loading)
+
+
+def in_order(pictures: Dataset, args: Namespace) -> list[list[int]]:
+    """The batches to score that are dealt to this rank."""
+    batches = BatchSampler(SequentialSampler(pictures), max(256, args.batch_size), drop_last=False)
+    return [*ranks.dealt(batches)]
+
+
+class Seeded(RandomSampler):
+    """(index, seed) pairs in a random order; the seed is the epoch's."""
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        seed = torch.initial_seed()
+        return ((i, seed) for i in super().__iter__())
+
+
+class Drawn(Dataset):
+    """Pictures from files, each augmented by draws that its index and the epoch's seed decide.
+
+    So neither the loader's processes nor the ranks change a run. They are read when a batch is put
+    together, of which a rank takes its rows.
+    """
+
+    def __init__(self, pictures: Dataset):
+        self.pictures = pictures
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, place: tuple[int, int]) -> tuple[int, int]:
+        return place
+
+    def read(self, places: list[tuple[int, int]]) -> list[Tensor]:
+        rows = []
+        with torch.random.fork_rng(devices=[]):
+            for i, seed in places:
+                torch.default_generator.manual_seed(1_000_003 * seed + i)
+                rows.append(self.pictures[i])
+        return default_collate(rows)
 
 
 def prepare(inputs: Tensor, device: torch.device) -> Tensor:
@@ -182,9 +229,12 @@ def factor_accuracy(outputs: Tensor, labels: Tensor, factors: list[int]) -> list
 def outputs_of(
     function: Callable[[Tensor], Tensor], pictures: Dataset, args: Namespace, note: str = ""
 ) -> tuple[Tensor, Tensor]:
-    """(function(picture), label) of a whole split, on the CPU; in float32, so that it repeats."""
+    """(function(picture), label) of a whole split, on the CPU; in float32, so that it repeats.
+
+    Every rank computes the batches that are dealt to it, and has all of them.
+    """
     results = []
     for inputs, labels in tqdm(loader(pictures, args), desc=note or "scoring", leave=False):
         results.append((function(prepare(inputs, args.device)).float(), labels))
-    outputs, labels = zip(*results)
-    return torch.cat(outputs).cpu(), torch.cat(labels).cpu()
+    outputs, labels = zip(*ranks.collected([(o.cpu(), y.cpu()) for o, y in results]))
+    return torch.cat(outputs), torch.cat(labels)

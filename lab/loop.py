@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 import models
 import san
-from lab import methods, saved
+from lab import methods, ranks, saved
 from lab.log import NOWHERE, PACKAGES, Log, gammas
 
 FINISHED = ("merged.pt", "model.pt")  # one of them in its folder, and a run is finished
@@ -48,6 +48,7 @@ def pick_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda"):
+        name = ranks.gpu(name)
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid, and slow
@@ -97,7 +98,8 @@ def fit(
     average: validate, and end, with the mean of the parameters over the steps, of which a step
     counts `average` times what the next one does; 0: with the last step's.
     args.accumulate: in how many parts a batch, a tuple of tensors, goes through the model; a step
-    is the same but for rounding, and takes the memory of a part.
+    is the same but for rounding, and takes the memory of a part. Under torchrun the loader gives
+    every rank its own rows of a batch, () for none.
     log: gets loss and rate every 20 steps, and the record and every γ after each epoch.
     Every epoch seeds itself from (seed, epoch), so that a resumed run goes the same way.
     Raises FloatingPointError when the loss or a parameter is no longer finite: the checkpoint of
@@ -125,29 +127,31 @@ def fit(
                 for group in optimizer.param_groups:
                     group["lr"] = rate * group.get("share", 1.0)
                 optimizer.zero_grad()
-                loss, whole = torch.zeros((), device=device), weigh(batch)
+                own = (len(batch[0]), weigh(batch)) if batch else (0, 0)
+                loss, (rows, whole) = torch.zeros((), device=device), ranks.total(*own)
                 for part in zip(*(tensor.chunk(args.accumulate) for tensor in batch)):
                     with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
                         share = loss_of(model, part) * (weigh(part) / whole)
                     share.backward()
                     loss += share.detach()
+                ranks.add_up(loss, parameters)
                 optimizer.step()
                 if mean:
                     mean.update_parameters(model)
-                running += loss * len(batch[0])
-                seen += len(batch[0])
+                running += loss * rows
+                seen += rows
                 if i % 20 == 0 or i == len(loader) - 1:  # reading the loss makes the device wait
                     require_finite(loss.item(), [], epoch, rate, checkpoint)
                     bar.set_postfix(loss=f"{running.item() / seen:.3f}", lr=f"{rate:.1e}")
                     log.write("train", {"loss": loss.item(), "rate": rate}, at)
-                bar.update(len(batch[0]))
+                bar.update(rows)
         seconds = time.perf_counter() - started
         require_finite(running.item(), parameters, epoch, rate, checkpoint)
         val = validate(mean.module if mean else model) if validate else None
         record = {"epoch": epoch + 1, "loss": running.item() / seen, "val": val}
         history.append(record | {"seconds": seconds, f"{unit}_per_second": seen / seconds})
         log.write("epoch", history[-1], at, gammas(model))
-        if checkpoint:
+        if checkpoint and not ranks.number():
             content = {"settings": settings(args), "history": history}
             content |= {"model": methods.trained_state(model), "optimizer": optimizer.state_dict()}
             content |= {"mean": mean.state_dict()} if mean else {}
@@ -321,12 +325,13 @@ def guard(work: Callable[[argparse.Namespace], None], args: argparse.Namespace) 
     """
     script = Path(sys.argv[0]).name
     try:
-        args.device = pick_device(args.device)
-        if args.amp is None:
-            args.amp = args.device.type == "cuda" and torch.cuda.is_bf16_supported()
-        work(args)
+        with ranks.joined():
+            args.device = pick_device(args.device)
+            if args.amp is None:
+                args.amp = args.device.type == "cuda" and torch.cuda.is_bf16_supported()
+            work(args)
     except KeyboardInterrupt:
-        words = ["python", *(word for word in sys.argv if word != "--resume")]
+        words = [*ranks.command(), *(word for word in sys.argv if word != "--resume")]
         checkpoint = Path(args.out or "") / "checkpoint.pt"
         if (Path(args.out or "") / "results.jsonl").is_file():
             kept = f"every finished run is kept; to go on: {shlex.join(words)}"
@@ -410,11 +415,15 @@ def holding(path: Path, shared: bool = False, wait: bool = False) -> Iterator[No
 def begin(args: argparse.Namespace, out: Path) -> Iterator[Log]:
     """Make the folder `out` ready, for --resume or for a new run with its config.json; and hold it.
 
-    The log of the run is given. Raises ValueError if there is nothing to resume, or files in `out`
-    that are not from a run; both as `holding` and `Log` do.
+    The log of the run is given. Of several ranks the first alone does so, and has the log. Raises
+    ValueError if there is nothing to resume, or files in `out` that are not from a run; both as
+    `holding` and `Log` do.
     """
     if args.resume:
         require_checkpoint(out)
+    if ranks.number():
+        yield NOWHERE
+        return
     with holding(out), Log(args.log or (), out, settings(args), args.resume) as log:
         if not args.resume:
             make_room(args, out)
@@ -475,6 +484,9 @@ def conclude(
     needs beside its state dict; export: what else is to be written of the merged model; log: gets
     the figures, and a LLaMA's by task.
     """
+    if ranks.number():  # the first writes, and this one helps it to score
+        test(model), methods.fold(model), test(model)
+        return
     out = Path(args.out)
     if args.method in ("san", "ssf"):
         san.save_adapter(model, out / "adapter.pt")
@@ -637,6 +649,11 @@ def check_flags(p: argparse.ArgumentParser, args: argparse.Namespace, many: bool
         p.error("a comparison takes --seeds, the number of them, and goes on by itself")
     if many and args.log:
         p.error("--log is of one run; a comparison is drawn by train_vision.py --plot")
+    if ranks.count() > 1 and (many or args.table or getattr(args, "plot", None)):
+        p.error(
+            "torchrun is for one run: start tables and plots with python, and to share out a "
+            "comparison several of it, each with --methods of its own"
+        )
     if args.alpha is not None and not 0 < args.alpha < float("inf"):
         p.error("--alpha must be a number above 0")
     if not 0 <= args.seed < 10_000:

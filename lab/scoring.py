@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import models
+from lab import ranks
 from lab.questions import Question, Tokenizer, joined
 
 ANSWER_TOKENS = 32  # what a model may say, as in LLM-Adapters' code
@@ -61,27 +62,37 @@ def answer(
 
     show: what a LLaVA reads beside the tokens of some questions, their `images`.
     With --score generate the named option has 1, the others 0, and all have 0 if none is named.
+    Every rank reads the batches that are dealt to it, and has all scores.
     """
-    model.eval()
-    scores = torch.full((len(questions), max(len(q.options) for q in questions)), ABSENT)
-    with tqdm(total=len(questions), desc="scoring", unit=" questions", leave=False) as bar:
-        if args.score == "generate":
-            prompts = [len(question.prompt) for question in questions]
-            for some in batched(prompts, lambda own: len(own) <= args.batch_size):
-                own = [questions[i] for i in some]
-                said = speak_batch(model, tokenizer, own, **show(own))
-                for i, text in zip(some, said):
-                    scores[i, : len(questions[i].options)] = 0
-                    if (named := first_named(text, questions[i].options)) >= 0:
-                        scores[i, named] = 1
-                bar.update(len(some))
-            return scores
+
+    def named() -> Iterator[tuple[list[int], Tensor]]:
+        prompts = [len(question.prompt) for question in questions]
+        for some in ranks.dealt(batched(prompts, lambda own: len(own) <= args.batch_size)):
+            own = [questions[i] for i in some]
+            said = speak_batch(model, tokenizer, own, **show(own))
+            values = torch.full((len(own), scores.shape[1]), ABSENT)
+            for row, text, question in zip(values, said, own):
+                row[: len(question.options)] = 0
+                if (first := first_named(text, question.options)) >= 0:
+                    row[first] = 1
+            yield some, values
+
+    def likely() -> Iterator[tuple[list[int], Tensor]]:
         branches = [branch(question, tokenizer) for question in questions]
-        for some in batched([own.length for own in branches], fits_in_batch):
+        for some in ranks.dealt(batched([own.length for own in branches], fits_in_batch)):
             shown = show([questions[i] for i in some])
-            values = likelihoods(model, [branches[i] for i in some], args.device, **shown).cpu()
-            scores[some, : values.shape[1]] = values
-            bar.update(len(some))
+            yield some, likelihoods(model, [branches[i] for i in some], args.device, **shown)
+
+    model.eval()
+    read = named if args.score == "generate" else likely
+    scores = torch.full((len(questions), max(len(q.options) for q in questions)), ABSENT)
+    mine = []
+    with tqdm(total=len(questions), desc="scoring", unit=" questions", leave=False) as bar:
+        for some, values in read():
+            mine.append((some, values.cpu()))
+            bar.update(len(some) * ranks.count())
+    for some, values in ranks.collected(mine):
+        scores[some, : values.shape[1]] = values
     return scores
 
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 import models
 import san
-from lab import folders, scenes, tables
+from lab import folders, ranks, scenes, tables
 from lab.batches import to_input
 from lab.questions import (
     IGNORE,
@@ -387,17 +387,22 @@ def shower(pictures: Any, device: torch.device) -> Callable[[list[Question]], di
 def next_words(
     model: nn.Module, loader: Iterable[tuple], device: torch.device
 ) -> tuple[Tensor, dict]:
-    """The first batch's logits at its labels; the share of right tokens, 0 … 1, and perplexity."""
+    """The first batch's logits at its labels; the share of right tokens, 0 … 1, and perplexity.
+
+    Every rank reads the batches that are dealt to it; the logits are those of its own first, None
+    if it has none.
+    """
     model.eval()
-    hits, losses, first = [], [], None
-    for batch in loader:
+    mine, first = [], None
+    for batch in ranks.dealt(loader):
         tokens, labels, *pictures = (x.to(device) for x in batch)
         asked = labels != IGNORE
         features = model.features(tokens, **images(model, tokens, pictures))
         logits, right = model.head(features[asked]).float().cpu(), labels[asked].cpu()
         first = logits if first is None else first
-        hits.append((logits.argmax(-1) == right).float())
-        losses.append(F.cross_entropy(logits, right, reduction="none"))
+        losses = F.cross_entropy(logits, right, reduction="none")
+        mine.append(((logits.argmax(-1) == right).float(), losses))
+    hits, losses = zip(*ranks.collected(mine))
     perplexity = torch.cat(losses).mean().exp().item()
     return first, {"test": torch.cat(hits).mean().item(), "perplexity": perplexity}
 
