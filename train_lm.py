@@ -246,9 +246,10 @@ def load_job(
             visual.require_token(model, tokenizer)
         asked = visual.load(args, model)
     else:
-        asked = questions.load_questions(
-            args.data, args.tasks, args.train_file, args.shots, args.ask, args.test_shots
-        )
+        with ranks.first_here():
+            asked = questions.load_questions(
+                args.data, args.tasks, args.train_file, args.shots, args.ask, args.test_shots
+            )
     print(
         f"{args.data}: {sum(map(len, asked.train.values()))} training, "
         f"{sum(map(len, asked.val.values()))} validation and "
@@ -286,7 +287,8 @@ def questions_job(
         print(f"left out: {len(encoded) - len(kept)} training examples beyond the context")
     if not kept:
         raise ValueError(f"no training example fits into the context of {model.context} tokens")
-    loader = DataLoader(kept, args.batch_size, shuffle=True, collate_fn=ranks.sharing(read))
+    learned = functools.partial(ranks.collate, read)
+    loader = DataLoader(kept, args.batch_size, shuffle=True, collate_fn=learned)
     if visual.has_texts(asked):
         scored = (encoded_of(split) for split in (asked.val, asked.test))
         return words_job(loader, *(DataLoader(own, 64, collate_fn=read) for own in scored), args)
@@ -347,8 +349,8 @@ def corpus_job(tokenizer: Tokenizer, args: argparse.Namespace) -> Job:
         return TensorDataset(tokens[:-1].view(n, WINDOW), tokens[1:].view(n, WINDOW))
 
     val, test = (DataLoader(windows(n, seed), 64) for n, seed in ((1000, 1), (2000, 2)))
-    own = ranks.sharing(default_collate)
-    train = DataLoader(windows(DOCUMENTS, 0), args.batch_size, shuffle=True, collate_fn=own)
+    learned = functools.partial(ranks.collate, default_collate)
+    train = DataLoader(windows(DOCUMENTS, 0), args.batch_size, shuffle=True, collate_fn=learned)
     return words_job(train, val, test, args)
 
 

@@ -155,7 +155,7 @@ def loader(pictures: Dataset, args: Namespace, shuffle: bool = False) -> DataLoa
         return DataLoader(pictures, batch_sampler=in_order(pictures, args), **loading)
     rows = pictures if in_memory else Drawn(pictures)
     order = (RandomSampler if in_memory else Seeded)(rows)
-    collate = ranks.sharing(default_collate if in_memory else rows.read)
+    collate = functools.partial(ranks.collate, default_collate if in_memory else rows.read)
     return DataLoader(rows, args.batch_size, sampler=order, collate_fn=collate, **loading)
 
 

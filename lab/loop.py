@@ -33,6 +33,9 @@ from lab.log import NOWHERE, PACKAGES, Log, gammas
 
 FINISHED = ("merged.pt", "model.pt")  # one of them in its folder, and a run is finished
 BLOCKS = (models.ViTBlock, models.ConvNeXtBlock, models.SwinBlock, models.LLaMABlock)
+# where a run reads and writes, what loads its pictures, and which runs a command is about
+FREE = ("out", "resume", "device", "workers", "data_dir", "evaluate")
+FREE += ("compare", "table", "plot", "methods", "log")
 # what runs did before there were flags for it
 LATER = {"accumulate": 1, "recompute": False, "pretrain": False, "tower": False, "blind": False}
 LATER |= dict.fromkeys(("test_shots", "alpha", "methods", "projector_lr")) | {"ask": "options"}
@@ -233,20 +236,13 @@ def changed(args: argparse.Namespace, **own) -> argparse.Namespace:
 
 
 def settings(args: argparse.Namespace) -> dict:
-    """The settings that decide a run's numbers; where it reads and writes does not."""
-    free = (
-        "out",
-        "resume",
-        "device",
-        "data_dir",
-        "evaluate",
-        "compare",
-        "table",
-        "plot",
-        "methods",
-        "log",
-    )
-    return {key: value for key, value in vars(args).items() if key not in free}
+    """The settings that decide a run's numbers: all but those that are FREE."""
+    return {key: value for key, value in vars(args).items() if key not in FREE}
+
+
+def as_now(options: dict) -> dict:
+    """Settings of an earlier run: what it had no flag for is as LATER, what is FREE left out."""
+    return {key: value for key, value in (LATER | options).items() if key not in FREE}
 
 
 def given(p: argparse.ArgumentParser, args: argparse.Namespace) -> dict[str, str]:

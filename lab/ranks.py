@@ -7,9 +7,9 @@ does anything. [us] our choice, as in san.py.
 """
 
 import contextlib
-import functools
 import itertools
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
@@ -20,10 +20,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 PATIENCE = timedelta(days=1)  # a rank may download or score for long; torchrun sees when one ends
+_STORE = ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RESTART_COUNT")
 
 
 def number() -> int:
-    """Which rank this process is, 0 … count() − 1; 0 is the first."""
+    """Which rank this process is; 0 is the first."""
     return int(os.environ.get("RANK", 0))
 
 
@@ -43,7 +44,7 @@ def command() -> list[str]:
 
 
 def gpu(name: str) -> str:
-    """ "cuda" → this rank's GPU, its own where the machine has one for each. Raises ValueError."""
+    """What "cuda" means to this rank: a GPU of its own, if there are enough. Raises ValueError."""
     if count() == 1 or not torch.cuda.is_available():
         return name
     if name != "cuda":
@@ -51,9 +52,6 @@ def gpu(name: str) -> str:
     own = here()[0] % torch.cuda.device_count()
     torch.cuda.set_device(own)  # else pinned memory has every rank on the first GPU as well
     return f"cuda:{own}"
-
-
-# ----------------------------------------------------------------------------- beginning and ending
 
 
 @contextlib.contextmanager
@@ -71,10 +69,10 @@ def quiet() -> Iterator[None]:
 def joined() -> Iterator[None]:
     """In it, the ranks are one group, and `quiet`. If one raises, it ends for all of them.
 
-    What the first to fail raises is raised; the others, whom that stops in what they do together,
-    end without a word. Ctrl-C reaches all of them, and the first rank raises it.
+    What is raised first is raised; the ranks that this stops in what they do together end without
+    a word. Ctrl-C reaches all of them, and the first rank raises it.
     """
-    if count() == 1:
+    if count() == 1 or dist.is_initialized():
         yield
         return
     nccl = torch.cuda.device_count() >= here()[1]  # it wants a GPU for every rank
@@ -89,15 +87,17 @@ def joined() -> Iterator[None]:
         spoken = number() if isinstance(error, KeyboardInterrupt) else failed_before()
         if spoken:
             sys.exit(1)
+        if number():
+            print(file=sys.stderr)  # below the first rank's bar
         raise
 
 
 def failed_before() -> int:
     """How many ranks have said already that they failed; torchrun's own store counts them."""
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    address, port, start = map(os.environ.get, _STORE)
     try:
-        store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=5))
-        return store.add(f"failed/{os.environ.get('TORCHELASTIC_RESTART_COUNT')}", 1) - 1
+        store = dist.TCPStore(address, int(port), is_master=False, timeout=timedelta(seconds=5))
+        return store.add(f"failed in start {start}", 1) - 1
     except RuntimeError:  # it has ended itself
         return number()
 
@@ -108,8 +108,8 @@ def together() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        said = str(error).partition("\n")[0]
-        raise OSError(f"a rank was lost, and the run ends with it ({said})") from error
+        said = re.sub(r"^\[\S+\] ", "", str(error).partition(". ")[0])
+        raise OSError(f"a rank was lost, and the run ends with it: {said}") from error
 
 
 @contextlib.contextmanager
@@ -122,31 +122,24 @@ def first_here() -> Iterator[None]:
         total(0)
 
 
-# ----------------------------------------------------------------------------------- what is shared
-
-
 def own(rows: Sequence) -> Sequence:
     """This rank's rows of a batch, every count()-th."""
     return rows[number() :: count()]
 
 
-def sharing(collate: Callable[[list], Sequence]) -> Callable[[list], Sequence]:
-    """A loader's collate_fn that takes a rank's `own` rows alone; () where it has none."""
-    return functools.partial(_collate_own, collate)
-
-
-def _collate_own(collate: Callable[[list], Sequence], rows: list) -> Sequence:
+def collate(into: Callable[[list], Sequence], rows: list) -> Sequence:
+    """A batch of this rank's `own` rows, of which `into` makes it; () where it has none."""
     mine = own(rows)
-    return collate(mine) if mine else ()
+    return into(mine) if mine else ()
 
 
 def cut(batch: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """The `own` rows of a batch that is there; () where a rank has none."""
+    """The `own` rows of a batch that is there already; () where this rank has none."""
     return tuple(map(own, batch)) if len(batch[0]) > number() else ()
 
 
 def dealt(batches: Iterable) -> Iterator:
-    """Every count()-th of some batches, whole: what is computed of one is what one process has."""
+    """Every count()-th of some batches, whole: its outputs are bit for bit those of one process."""
     return itertools.islice(batches, number(), None, count())
 
 

@@ -42,7 +42,7 @@ class Journal:
 
         Raises OSError if the file is broken or its folder cannot be made.
         """
-        self.path, self.options = path, loop.LATER | options
+        self.path, self.options = path, loop.as_now(options)
         self.lines = []
         if path.exists():
             with self.held():
@@ -83,13 +83,13 @@ class Journal:
 def read_results(path: Path) -> list[dict]:
     """The lines of a Journal's file; none if it is not there. Raises OSError if it is broken.
 
-    An option that a line lacks, since there was no flag yet, is as loop.LATER has it.
+    Their options are as loop.as_now has them.
     """
     try:
         lines = saved.results(path)
     except (FileNotFoundError, NotADirectoryError):
         return []
-    return [line | {"options": loop.LATER | line["options"]} for line in lines]
+    return [line | {"options": loop.as_now(line["options"])} for line in lines]
 
 
 def search(
