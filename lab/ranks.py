@@ -10,6 +10,7 @@ import contextlib
 import itertools
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
@@ -84,8 +85,9 @@ def joined() -> Iterator[None]:
             yield
             dist.destroy_process_group()
     except BaseException as error:
-        spoken = number() if isinstance(error, KeyboardInterrupt) else failed_before()
-        if spoken:
+        if isinstance(error, KeyboardInterrupt):
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # torchrun sends another
+        if number() if isinstance(error, KeyboardInterrupt) else failed_before():
             sys.exit(1)
         if number():
             print(file=sys.stderr)  # below the first rank's bar
