@@ -19,12 +19,13 @@ import torch.distributed as dist
 from asking import save_as_run, tiny_model
 from PIL import Image
 from running import command_of, metrics, without_times
+from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import san
 import train_lm
 import train_vision
-from lab import batches, microworld, pictures, questions, ranks, visual
+from lab import batches, loop, methods, microworld, pictures, questions, ranks, visual
 
 pytestmark = [
     pytest.mark.skipif(not dist.is_available(), reason="torch without distributed"),
@@ -254,6 +255,24 @@ def test_what_is_drawn_for_a_picture_is_its_own_whatever_processes_load_it():
     one = drawn(0, 1)
     assert len({*one.values()}) == 6 and drawn(2, 1) == one
     assert not {*one.values()} & {*drawn(0, 2).values()}
+
+
+def test_a_step_sends_every_gradient_once_and_three_numbers(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    sent, model = [], tiny_model(20)
+    monkeypatch.setattr(dist, "all_reduce", lambda sums: sent.append(sums.nbytes))
+    model.requires_grad_(False)
+    san.attach(model, model.links(), trainable=["norm"])
+    args = dict(epochs=1, warmup_epochs=0, lr=0.1, weight_decay=0, seed=0, amp=False, accumulate=1)
+    tokens = torch.arange(20).view(2, 10)
+    loader = DataLoader(TensorDataset(tokens[:, :-1], tokens[:, 1:]), 2)
+
+    def loss_of(model: nn.Module, batch: list) -> torch.Tensor:
+        return questions.token_loss(model, *batch)
+
+    loop.fit(model, loader, loss_of, None, Namespace(**args))
+    rows_and_weight, loss = 2 * 8, 4
+    assert sent == [rows_and_weight, loss + 4 * methods.count(model)[0]]
 
 
 def test_a_rank_has_a_gpu_of_its_own_and_no_other_is_named(monkeypatch):
