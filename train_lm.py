@@ -103,6 +103,7 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
         choices=["words", "options"],
         help="score each option's own words, the default with likelihood, or the numbers of a list",
     )
+    add("--shard", action="store_true", help="share the weights among torchrun's ranks")
     visual.add_flags(p)
     loop.add_flags(p, [*METHODS, "projector"], LEARNING_RATES, "by default 5, of scenes 3", 32)
     args = p.parse_args(words)
@@ -117,6 +118,10 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     tasks = visual.tasks_of(args.data) if seeing else questions.EIGHT
     args.tasks = list(dict.fromkeys(args.tasks or tasks))
     corpus = args.tasks == ["corpus"]
+    if args.shard and ranks.count() == 1:
+        p.error("--shard shares a model among ranks: torchrun --nproc_per_node=N train_lm.py …")
+    if args.shard and (seeing or args.gamma_std):
+        p.error("--shard is for a LLaMA without pictures, whose γ start at 1")
     if "corpus" in args.tasks and (not corpus or args.data != "microworld" or args.compare):
         p.error("--tasks corpus stands alone, with microworld and one method")
     asking = (args.shots, args.test_shots, args.train_file, args.score, args.ask)
@@ -147,7 +152,10 @@ def default_weights(args: argparse.Namespace) -> Path:
 
 
 def load_model(args: argparse.Namespace) -> tuple[models.LLaMA, Tokenizer | LlamaTokenizer]:
-    """The base model with its weights, on the device, and the tokenizer that goes with it."""
+    """The base model with its weights, and the tokenizer that goes with it.
+
+    The model is on the device, or, if it is to be sharded, on the CPU.
+    """
     torch.manual_seed(args.seed)  # of the weights, where there are none to load
     path, dtype = default_weights(args), getattr(torch, args.dtype)
     if args.weights == "smollm2" and not path.exists():
@@ -178,7 +186,7 @@ def load_model(args: argparse.Namespace) -> tuple[models.LLaMA, Tokenizer | Llam
         raise ValueError(f"--weights {path}: {error}") from error
     for name, parameter in model.named_parameters():
         parameter.data = parameter.data.to(llama.dtype_of(name, dtype))
-    return model.to(args.device), tokenizer
+    return model if args.shard else model.to(args.device), tokenizer
 
 
 def restored(
@@ -393,6 +401,8 @@ def fit(
 
     unit = "windows" if args.tasks == ["corpus"] else "questions"
     own = {"weigh": learned, "log": log}
+    if ranks.is_sharded(model):
+        own["spare"] = torch.zeros(2, 1, 1, dtype=torch.long).unbind()
     return loop.fit(model, job.loader, loss_of, job.validate, args, out, note, unit, **own)
 
 
@@ -414,6 +424,8 @@ def run(args: argparse.Namespace) -> None:
     task, name = names_of(args)
     model, tokenizer = load_model(args)
     job, asked = load_job(args, model, tokenizer)
+    if args.shard:  # no GPU ever has it whole; before it is trained, it computes as the base
+        ranks.shard(adapt(model, args), args.device)
     result = {"dataset": task, "model": name, "method": args.method, "seed": args.seed}
     before, shown, show = {}, {}, visual.shower(asked and asked.pictures, args.device)
 
@@ -425,17 +437,18 @@ def run(args: argparse.Namespace) -> None:
         if asked and args.weights != "none":  # what the base is worth as it is
             before = job.test(model)[1]
             most = 4 if asked.pictures is None else None
-            if not ranks.number():
+            if args.shard or not ranks.number():
                 shown = {t: own[0] for t, own in [*asked.test.items()][:most] if own[0].prompt}
                 visual.save_pictures(shown, asked.pictures, Path(args.out))
             result["test_base"] = before["test"]
         said = speech()
-        history, figures = train(adapt(model, args), job, args, Path(args.out), args.method, log)
+        adapted = model if args.shard else adapt(model, args)
+        history, figures = train(adapted, job, args, Path(args.out), args.method, log)
         result |= figures | {"wall": time.perf_counter() - started}
         content = {"numbers": model.config, "tokenizer": tokenizer.saved}
 
-        def export(merged: models.LLaMA) -> None:
-            llama.export(merged, tokenizer, Path(args.out) / "merged")
+        def export(merged: models.LLaMA, state: dict[str, Tensor]) -> None:
+            llama.export(merged, tokenizer, Path(args.out) / "merged", state)
 
         # save the adapter, score, merge, score again, save the merged model
         loop.conclude(model, args, history, result, job.test, content, export, log)
@@ -477,14 +490,16 @@ def print_beside_guesses(
 
 def evaluate_run(args: argparse.Namespace) -> None:
     """Score the merged (or fully trained) model of a saved run on its test questions."""
-    own = ["device", *(name for name in ("score", "ask", "data_dir") if getattr(args, name))]
+    given = (name for name in ("score", "ask", "data_dir") if getattr(args, name))
+    own = ["device", "shard", *given]
     config, content, path = loop.reopen(args, own, HELD)
     try:
         model, tokenizer = restored(*content)
         require_together(model, tokenizer)
     except ValueError as error:
         raise OSError(f"{path} holds no LLaMA of ours: {error}") from error
-    job, _ = load_job(config, model.to(args.device), tokenizer)
+    model = ranks.shard(model, args.device) if args.shard else model.to(args.device)
+    job, _ = load_job(config, model, tokenizer)
     figures = job.test(model)[1]
     norm = f", by length {100 * figures['test_norm']:.2f} %" if "test_norm" in figures else ""
     print(f"test accuracy of {path}  {100 * figures['test']:.2f} %{norm}")

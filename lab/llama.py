@@ -338,9 +338,12 @@ def gguf_tokenizer(path: Path) -> tuple[Any, dict, int | None]:
 # --------------------------------------------------------------------------------------- writing
 
 
-def export(model: LLaMA, tokenizer: Any, folder: Path) -> None:
+def export(
+    model: LLaMA, tokenizer: Any, folder: Path, state: dict[str, Tensor] | None = None
+) -> None:
     """Write a plain model as a folder that transformers loads, whole or not at all; say so.
 
+    state: its state dict, where the model's own weights are sharded.
     Without safetensors it says what to install; a LLaVA, and a tokenizer that no other program
     knows, are left out, which it says too. Every weight keeps its type. Raises OSError.
     """
@@ -357,9 +360,10 @@ def export(model: LLaMA, tokenizer: Any, folder: Path) -> None:
     if theirs and tokenizer.begin:
         ids["bos_token_id"] = tokenizer.begin[0]
     dtype = str(model.embed.weight.dtype).removeprefix("torch.")
+    own = state or model.state_dict()
     state = {
-        rename(name, NAMES, back=True): value.detach().cpu().contiguous()
-        for name, value in model.named_parameters()  # a tied head is no second one
+        rename(name, NAMES, back=True): own[name].cpu().contiguous()
+        for name, _ in model.named_parameters()  # a tied head is no second one
     }
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)

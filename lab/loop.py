@@ -15,6 +15,7 @@ import re
 import shlex
 import shutil
 import sys
+import tempfile
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -35,7 +36,7 @@ FINISHED = ("merged.pt", "model.pt")  # one of them in its folder, and a run is 
 BLOCKS = (models.ViTBlock, models.ConvNeXtBlock, models.SwinBlock, models.LLaMABlock)
 # where a run reads and writes, what loads its pictures, and which runs a command is about
 FREE = ("out", "resume", "device", "workers", "data_dir", "evaluate")
-FREE += ("compare", "table", "plot", "methods", "log")
+FREE += ("compare", "table", "plot", "methods", "log", "shard")
 # what runs did before there were flags for it
 LATER = {"accumulate": 1, "recompute": False, "pretrain": False, "tower": False, "blind": False}
 LATER |= dict.fromkeys(("test_shots", "alpha", "methods", "projector_lr")) | {"ask": "options"}
@@ -90,6 +91,7 @@ def fit(
     average: float = 0.0,
     weigh: Callable[[tuple], float] = lambda batch: len(batch[0]),
     log: Log = NOWHERE,
+    spare: tuple | None = None,
 ) -> list[dict]:
     """Train what requires a gradient with AdamW, a warm-up and a cosine; one record per epoch.
 
@@ -103,11 +105,15 @@ def fit(
     args.accumulate: in how many parts a batch, a tuple of tensors, goes through the model; a step
     is the same but for rounding, and takes the memory of a part. Under torchrun the loader gives
     every rank its own rows of a batch, () for none.
+    spare: a part that counts for nothing, which a rank of a sharded model reads where it has less
+    than others: each reads args.accumulate parts of every batch.
     log: gets loss and rate every 20 steps, and the record and every γ after each epoch.
     Every epoch seeds itself from (seed, epoch), so that a resumed run goes the same way.
     Raises FloatingPointError when the loss or a parameter is no longer finite: the checkpoint of
     the epoch before stays. ValueError for a checkpoint made with other settings.
     """
+    if ranks.is_sharded(model):
+        model.reshard()  # what scoring has left gathered is a copy, and none to train
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(groups_of(model, args), lr=args.lr, fused=True)
     mean = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(average)) if average else None
@@ -132,9 +138,12 @@ def fit(
                 optimizer.zero_grad()
                 own = (len(batch[0]), weigh(batch)) if batch else (0, 0)
                 loss, (rows, whole) = torch.zeros((), device=device), ranks.total(*own)
-                for part in zip(*(tensor.chunk(args.accumulate) for tensor in batch)):
+                parts = [*zip(*(tensor.chunk(args.accumulate) for tensor in batch))]
+                parts = [(part, weigh(part) / whole) for part in parts]
+                parts += [(spare, 0.0)] * (args.accumulate - len(parts) if spare else 0)
+                for part, weight in parts:
                     with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
-                        share = loss_of(model, part) * (weigh(part) / whole)
+                        share = loss_of(model, part) * weight
                     share.backward()
                     loss += share.detach()
                 ranks.add_up(loss, parameters)
@@ -153,11 +162,12 @@ def fit(
         val = validate(mean.module if mean else model) if validate else None
         record = {"epoch": epoch + 1, "loss": running.item() / seen, "val": val}
         history.append(record | {"seconds": seconds, f"{unit}_per_second": seen / seconds})
-        log.write("epoch", history[-1], at, gammas(model))
+        log.write("epoch", history[-1], at, ranks.gathered(gammas(model)))
+        content = {"settings": settings(args), "history": history}
+        content |= {"model": methods.trained_state(model), "optimizer": optimizer.state_dict()}
+        content |= {"mean": mean.state_dict()} if mean else {}
+        content = ranks.gathered(content) if checkpoint else {}
         if checkpoint and not ranks.number():
-            content = {"settings": settings(args), "history": history}
-            content |= {"model": methods.trained_state(model), "optimizer": optimizer.state_dict()}
-            content |= {"mean": mean.state_dict()} if mean else {}
             san.write(content, checkpoint)
             left = (args.epochs - epoch - 1) * (time.perf_counter() - started)
             tqdm.write(f"{label}  {in_short(history[-1], unit, left)}", file=sys.stdout)
@@ -304,7 +314,9 @@ def resume(
         raise OSError(f"{checkpoint} is broken: it has more epochs than the run; start again")
     with torch.no_grad():
         for name, value in content["model"].items():
-            own[name].copy_(value)
+            own[name].copy_(ranks.spread(value, own[name]))
+    for i, state in moments.items():
+        moments[i] = {name: ranks.spread(value, adam[i][name]) for name, value in state.items()}
     groups = optimizer.state_dict()["param_groups"]  # the flags say what is in them
     optimizer.load_state_dict({"state": moments, "param_groups": groups})
     if mean:
@@ -471,31 +483,36 @@ def conclude(
     result: dict,
     test: Callable[[nn.Module], tuple[Tensor, dict]],
     content: dict,
-    export: Callable[[nn.Module], None] = lambda merged: None,
+    export: Callable[[nn.Module, dict], None] = lambda merged, state: None,
     log: Log = NOWHERE,
 ) -> None:
     """Save what was trained, score_and_merge the model, save it merged, and report.
 
     result: the run's figures so far; test: as for score_and_merge; content: what a saved model
-    needs beside its state dict; export: what else is to be written of the merged model; log: gets
-    the figures, and a LLaMA's by task.
+    needs beside its state dict; export: what else is to be written of the merged model and its
+    state dict; log: gets the figures, and a LLaMA's by task.
     """
-    if ranks.number():  # the first writes, and this one helps it to score
+    if ranks.number() and not ranks.is_sharded(model):  # the first writes, and this one helps it
         test(model), methods.fold(model), test(model)
         return
-    out = Path(args.out)
-    if args.method in ("san", "ssf"):
-        san.save_adapter(model, out / "adapter.pt")
-    elif args.method != "full":
-        san.write({"trained": methods.trained_state(model)}, out / "adapter.pt")
+    out, elsewhere = Path(args.out), tempfile.TemporaryDirectory
+    with elsewhere() if ranks.number() else contextlib.nullcontext(out) as folder:  # all gather
+        path = Path(folder) / "adapter.pt"
+        if args.method in ("san", "ssf"):
+            san.save_adapter(model, path)
+        elif args.method != "full":
+            san.write({"trained": ranks.gathered(methods.trained_state(model))}, path)
     if hasattr(model, "_san"):
         result["gamma"] = san.summary(model)["layers"]
     result |= score_and_merge(model, test)
+    state = ranks.gathered(model.state_dict())
+    if ranks.number():
+        return
     log.write("result", result | result.get("parts", {}))
     write_json_lines([*history, result], out / "metrics.jsonl")
-    export(model)
+    export(model, state)
     path = out / ("model.pt" if args.method == "full" else "merged.pt")
-    san.write(content | {"state_dict": model.state_dict()}, path)  # the last: it says finished
+    san.write(content | {"state_dict": state}, path)  # the last: it says finished
     (out / "checkpoint.pt").unlink(missing_ok=True)
     report(result, path)
 

@@ -68,8 +68,11 @@ class LoRALayer(nn.Module):
     @torch.no_grad()
     def merged(self) -> nn.Module:
         """The layer itself, now with the updated weight, rounded to its own type once."""
-        weight = self.weight.to(self.layer.weight.dtype)
-        self.layer.weight = nn.Parameter(weight, requires_grad=False)
+        old, weight = self.layer.weight, self.weight.to(self.layer.weight.dtype)
+        if hasattr(old, "full_tensor"):  # FSDP2 holds on to the parameter, so it stays
+            old.copy_(weight)
+        else:
+            self.layer.weight = nn.Parameter(weight, requires_grad=False)
         return self.layer
 
 

@@ -12,6 +12,7 @@ import os
 import re
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any
@@ -78,10 +79,9 @@ def joined() -> Iterator[None]:
         return
     nccl = torch.cuda.device_count() >= here()[1]  # it wants a GPU for every rank
     try:
-        with quiet():
-            with together():
-                backend = "cpu:gloo,cuda:nccl" if nccl else "gloo"
-                dist.init_process_group(backend, timeout=PATIENCE)
+        with quiet(), together():
+            backend = "cpu:gloo,cuda:nccl" if nccl else "gloo"
+            dist.init_process_group(backend, timeout=PATIENCE)
             yield
             dist.destroy_process_group()
     except BaseException as error:
@@ -106,10 +106,12 @@ def failed_before() -> int:
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-    """In it, what all ranks do at once. Raises OSError if one of them is lost."""
+    """In it, what all ranks do at once, FSDP2 too. Raises OSError if one of them is lost."""
     try:
         yield
     except RuntimeError as error:
+        if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            raise
         said = re.sub(r"^\[\S+\] ", "", str(error).partition(". ")[0])
         raise OSError(f"a rank was lost, and the run ends with it: {said}") from error
 
@@ -140,18 +142,21 @@ def cut(batch: Sequence[Tensor]) -> tuple[Tensor, ...]:
     return tuple(map(own, batch)) if len(batch[0]) > number() else ()
 
 
-def dealt(batches: Iterable) -> Iterator:
-    """Every count()-th of some batches, whole: its outputs are bit for bit those of one process."""
-    return itertools.islice(batches, number(), None, count())
+def dealt(batches: Iterable, model: Any = None) -> Iterator:
+    """Every count()-th of some batches, whole: its outputs are bit for bit those of one process.
+
+    All of them where the model is sharded: its ranks have to go through it together.
+    """
+    start, step = (0, 1) if is_sharded(model) else (number(), count())
+    return itertools.islice(batches, start, None, step)
 
 
-def collected(mine: list) -> list:
+def collected(mine: list, model: Any = None) -> list:
     """What all ranks made of the batches `dealt` to them, one entry each, in the batches' order."""
-    if count() == 1:
+    if count() == 1 or is_sharded(model):
         return mine
     every: list[Any] = [None] * count()
-    with together():
-        dist.all_gather_object(every, mine)
+    dist.all_gather_object(every, mine)
     turns = itertools.zip_longest(*every, fillvalue=every)
     return [entry for turn in turns for entry in turn if entry is not every]
 
@@ -161,8 +166,7 @@ def total(*numbers: float) -> list[float]:
     if count() == 1:
         return [*numbers]
     sums = torch.tensor(numbers)
-    with together():
-        dist.all_reduce(sums)
+    dist.all_reduce(sums)
     return sums.tolist()
 
 
@@ -171,16 +175,67 @@ def add_up(loss: Tensor, parameters: list[nn.Parameter]) -> None:
 
     A gradient that a rank lacks counts as 0. DistributedDataParallel would want what it does not
     get: a loss that comes out of the model's own forward, and every parameter in every rank's part
-    of it. A rank may have no row, and a LLaVA's rows no picture. [us]
+    of it. A rank may have no row, and a LLaVA's rows no picture. Of what is sharded FSDP2 has
+    already taken the mean over the ranks, of which a sum is made. [us]
     """
     if count() == 1:
         return
+    shares = [loss]
     for parameter in parameters:
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-    shares = [loss, *(parameter.grad for parameter in parameters)]
+        if not hasattr(parameter, "full_tensor"):
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            shares.append(parameter.grad)
+        elif parameter.grad is not None:
+            parameter.grad *= count()
     sums = torch.cat([share.flatten().float() for share in shares])
-    with together():
-        dist.all_reduce(sums)
+    dist.all_reduce(sums)
     for share, summed in zip(shares, sums.split([share.numel() for share in shares])):
         share.copy_(summed.view_as(share))
+
+
+def shard(model: nn.Module, device: torch.device) -> nn.Module:
+    """The LLaMA itself, of whose every weight a rank keeps its part alone: FSDP2.
+
+    A block is gathered while it computes; what is outside of the blocks, from a forward pass to the
+    end of its backward pass, so that the head can be called by itself. The model is adapted before,
+    and on the CPU: it goes to the device block by block. All ranks then have to go through it as
+    often. Raises ValueError where ranks would share a GPU.
+    """
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+    if device.type == "cuda" and torch.cuda.device_count() < here()[1]:
+        raise ValueError("--shard takes a GPU for every rank; start fewer, or give --device cpu")
+    # a block's keys and values are views; nobody writes into them
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view", UserWarning)
+    mesh = dist.init_device_mesh(device.type, (count(),))
+    for module in (*model.blocks, model):
+        fully_shard(module, mesh=mesh)
+    register_fsdp_forward_method(model, "features")
+    return model
+
+
+def is_sharded(model: Any) -> bool:
+    return hasattr(model, "reshard")
+
+
+def gathered(values: Any) -> Any:
+    """Dicts of any depth, each sharded tensor in them whole on the first rank's CPU, else empty.
+
+    All ranks call it, with one tensor after another in their memory.
+    """
+    if isinstance(values, dict) and count() > 1:
+        return {key: gathered(value) for key, value in values.items()}
+    if not hasattr(values, "full_tensor"):
+        return values
+    whole = values.full_tensor()
+    return torch.empty(0) if number() else whole.cpu()
+
+
+def spread(value: Tensor, like: Tensor) -> Tensor:
+    """A whole tensor in shards as `like` is, if it is."""
+    if not hasattr(like, "full_tensor"):
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements)

@@ -81,7 +81,7 @@ CONFIG = {
     **dict.fromkeys(("model", "tasks"), TEXTS),
     **dict.fromkeys(("methods", "table", "plot", "log"), f"{TEXTS} or null"),
     **dict.fromkeys(("shift", "norms", "pretrain", "ablation", "compile"), FLAG),
-    **dict.fromkeys(("amp", "recompute", "resume", "compare", "tower", "blind"), FLAG),
+    **dict.fromkeys(("amp", "recompute", "resume", "compare", "tower", "blind", "shard"), FLAG),
     **dict.fromkeys(("prompts", "rank", "epochs", "batch_size", "accumulate"), COUNT),
     **dict.fromkeys(("shots", "test_shots", "image_size"), f"{COUNT} or null"),
     **dict.fromkeys(("workers", "seed", "seeds"), FROM_0),

@@ -67,7 +67,8 @@ def answer(
 
     def named() -> Iterator[tuple[list[int], Tensor]]:
         prompts = [len(question.prompt) for question in questions]
-        for some in ranks.dealt(batched(prompts, lambda own: len(own) <= args.batch_size)):
+        of_a_size = batched(prompts, lambda own: len(own) <= args.batch_size)
+        for some in ranks.dealt(of_a_size, model):
             own = [questions[i] for i in some]
             said = speak_batch(model, tokenizer, own, **show(own))
             values = torch.full((len(own), scores.shape[1]), ABSENT)
@@ -79,7 +80,8 @@ def answer(
 
     def likely() -> Iterator[tuple[list[int], Tensor]]:
         branches = [branch(question, tokenizer) for question in questions]
-        for some in ranks.dealt(batched([own.length for own in branches], fits_in_batch)):
+        fitting = batched([own.length for own in branches], fits_in_batch)
+        for some in ranks.dealt(fitting, model):
             shown = show([questions[i] for i in some])
             yield some, likelihoods(model, [branches[i] for i in some], args.device, **shown)
 
@@ -90,8 +92,8 @@ def answer(
     with tqdm(total=len(questions), desc="scoring", unit=" questions", leave=False) as bar:
         for some, values in read():
             mine.append((some, values.cpu()))
-            bar.update(len(some) * ranks.count())
-    for some, values in ranks.collected(mine):
+            bar.update(len(some) * (1 if ranks.is_sharded(model) else ranks.count()))
+    for some, values in ranks.collected(mine, model):
         scores[some, : values.shape[1]] = values
     return scores
 

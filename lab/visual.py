@@ -394,7 +394,7 @@ def next_words(
     """
     model.eval()
     mine, first = [], None
-    for batch in ranks.dealt(loader):
+    for batch in ranks.dealt(loader, model):
         tokens, labels, *pictures = (x.to(device) for x in batch)
         asked = labels != IGNORE
         features = model.features(tokens, **images(model, tokens, pictures))
@@ -402,7 +402,7 @@ def next_words(
         first = logits if first is None else first
         losses = F.cross_entropy(logits, right, reduction="none")
         mine.append(((logits.argmax(-1) == right).float(), losses))
-    hits, losses = zip(*ranks.collected(mine))
+    hits, losses = zip(*ranks.collected(mine, model))
     perplexity = torch.cat(losses).mean().exp().item()
     return first, {"test": torch.cat(hits).mean().item(), "perplexity": perplexity}
 

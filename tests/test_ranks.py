@@ -60,9 +60,26 @@ def work(jobs: list) -> None:
         sys.exit(command_of(train_vision)(*jobs[1:]))
     keep_first_checkpoints()
     with ranks.joined():
-        found = [scored(), *(run(*words) for words in jobs)]
+        found = [scored(), *(run(*words) for words in jobs), sharing()]
     if not ranks.number():
         Path(os.environ["FOUND"]).write_text(json.dumps(found))
+
+
+def sharing() -> list:
+    """Of a SAN, sharded where there are ranks: numbers of its frozen weights here, gradients."""
+    model = tiny_model(20)
+    san.attach(model, model.links(), trainable=["norm"])
+    if ranks.count() > 1:
+        ranks.shard(model, CPU)
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    tokens = ranks.own(torch.arange(20).view(2, 10))
+    loss = questions.token_loss(model, tokens[:, :-1], tokens[:, 1:]) / ranks.count()
+    loss.backward()
+    ranks.add_up(loss.detach(), [*trained.values()])
+    gradients = ranks.gathered({name: p.grad for name, p in trained.items()})
+    here = sum(getattr(p, "to_local", lambda p=p: p)().numel() for p in frozen)
+    return [here, {name: gradient.tolist() for name, gradient in gradients.items()}]
 
 
 def run(kind: str, *words) -> int:
@@ -159,6 +176,10 @@ def runs(cases, tmp_path_factory, one_thread):
     for name in ("in memory", "questions"):
         shutil.copytree(root / f"one {name}-1", root / f"on {name}")
         jobs.append([*cases[name], "--out", root / f"on {name}", "--resume"])
+    shutil.copytree(root / "one questions-1", root / "on shards")
+    jobs.append([*cases["questions"], "--shard", "--out", root / "shards"])
+    jobs.append([*cases["questions"], "--shard", "--out", root / "on shards", "--resume"])
+    jobs.append(["lm", "--evaluate", root / "one questions", "--shard", "--device", "cpu"])
     jobs.append(["vision", "--evaluate", root / "one in memory", "--device", "cpu"])
     jobs.append(["vision", "--compare"])
     return root, jobs, *torchrun(jobs, root)
@@ -166,7 +187,7 @@ def runs(cases, tmp_path_factory, one_thread):
 
 def test_two_ranks_end_all_that_is_asked_and_refuse_comparisons_once(runs):
     _, jobs, code, found, said = runs
-    assert code == 0 and found[1:] == [0] * (len(jobs) - 1) + [2]
+    assert code == 0 and found[1:-1] == [0] * (len(jobs) - 1) + [2]
     assert said.count("error: torchrun is for one run") == 1
 
 
@@ -204,6 +225,18 @@ def test_one_process_resumes_what_two_ranks_began(name, runs, cases):
     out = runs[0] / f"two {name}-1"
     assert run(*cases[name], "--out", out, "--resume") == 0
     require_alike(runs[0] / f"one {name}", out)
+
+
+def test_two_ranks_share_the_weights_and_train_what_one_process_does(runs, cases):
+    root, *_, found, _ = runs
+    (whole, gradients), (here, summed) = sharing(), found[-1]
+    assert here == whole / 2 and summed.keys() == gradients.keys()
+    for name, gradient in gradients.items():
+        assert summed[name] == pytest.approx(gradient, rel=1e-4, abs=1e-6), name
+    one, begun = root / "one questions", root / "shards-1"
+    assert run(*cases["questions"], "--out", begun, "--resume") == 0
+    for out in (root / "shards", root / "on shards", begun):
+        require_alike(one, out)
 
 
 @pytest.mark.parametrize(

@@ -797,6 +797,7 @@ def test_weights_of_another_size_are_refused(changes, message, flags, weights, t
         (["--methods", "san"], 2, "names those of --compare"),
         (["--compare", "--methods", "magic"], 2, "'lora, r=32'"),
         (["--compare", "--dtype", "bfloat16"], 2, "give --dtype float32"),
+        (["--shard"], 2, "torchrun --nproc_per_node=N"),
         (["--table", "nowhere"], 1, "there is no file nowhere"),
         (["--resume"], 2, "no checkpoint"),
         (["--compare", "--resume"], 2, "goes on by itself"),
