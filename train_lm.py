@@ -379,7 +379,8 @@ def words_job(loader: DataLoader, val: DataLoader, test: DataLoader, args) -> Jo
 def adapt(model: models.LLaMA, args: argparse.Namespace) -> models.LLaMA:
     """The model itself, frozen and with what args.method trains attached."""
     torch.manual_seed(args.seed)  # of LoRA's A
-    methods.adapt(model, args.method, args)
+    blind = args.blind or not visual.is_visual(args.data)  # what reads no picture is not trained
+    methods.adapt(model, args.method, loop.changed(args, blind=blind))
     return model
 
 

@@ -306,12 +306,12 @@ def test_the_projector_is_trained_and_the_tower_is_frozen_unless_asked_for(metho
     assert (trained == projector) == (method == "projector")
 
 
+@pytest.mark.parametrize("data", [["scenes", "--blind"], ["microworld"]], ids=len)
 @pytest.mark.parametrize("method", train_lm.METHODS)
-def test_blind_trains_what_a_text_goes_through(method, model):
+def test_texts_alone_train_what_a_text_goes_through(method, data, model):
     """All that is trained has a gradient, else a checkpoint has no state of it to go on from."""
-    own = copy.deepcopy(model)
-    args = train_lm.arguments(["--data", "scenes", "--blind", "--method", method, "--rank", "2"])
-    methods.adapt(own, method, args)
+    args = train_lm.arguments(["--data", *data, "--method", method, "--rank", "2"])
+    own = train_lm.adapt(copy.deepcopy(model), args)
     tokens = torch.tensor([[3, 1, 4, 1, 5]])
     visual.loss(own, (tokens, tokens), CPU).backward()
     assert all((p.grad is not None) == p.requires_grad for p in own.parameters())
