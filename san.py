@@ -1014,7 +1014,7 @@ _HOLDS = {
     "links": (list, lambda link: isinstance(link, tuple) and len(link) == 3),
     "settings": (dict, lambda value: isinstance(value, bool)),
     "values": (dict, is_dense),
-    "frozen": (dict, lambda shape: isinstance(shape, list)),
+    "frozen": (dict, lambda shape: isinstance(shape, list) and {*map(type, shape)} <= {int}),
     "samples": (dict, is_dense),
 }
 
@@ -1080,7 +1080,8 @@ def load_adapter(model: nn.Module, path: str | os.PathLike) -> None:
             raise
         refused = isinstance(error, ValueError | TypeError)  # by attach
         fault = "cannot be loaded onto this model" if refused else "is a broken adapter"
-        raise ValueError(f"{path} {fault}: {str(error) or repr(error)}") from error
+        said = " ".join(str(error).split()) or repr(error)
+        raise ValueError(f"{path} {fault}: {said}") from error
 
 
 def read_adapter(path: str | os.PathLike) -> dict[str, Any]:

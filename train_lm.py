@@ -497,10 +497,11 @@ def evaluate_run(args: argparse.Namespace) -> None:
     try:
         model, tokenizer = restored(*content)
         require_together(model, tokenizer)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise OSError(f"{path} holds no LLaMA of ours: {error}") from error
     model = ranks.shard(model, args.device) if args.shard else model.to(args.device)
-    job, _ = load_job(config, model, tokenizer)
+    with loop.as_saved_in(args.evaluate):
+        job, _ = load_job(config, model, tokenizer)
     figures = job.test(model)[1]
     norm = f", by length {100 * figures['test_norm']:.2f} %" if "test_norm" in figures else ""
     print(f"test accuracy of {path}  {100 * figures['test']:.2f} %{norm}")

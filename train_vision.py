@@ -265,7 +265,7 @@ def evaluate_run(args: argparse.Namespace) -> None:
         args, ("device", "workers", "data_dir"), ("state_dict", "factors", "image_size")
     )
     name = saved.model[0]
-    with ranks.first_here():
+    with loop.as_saved_in(args.evaluate), ranks.first_here():
         data = pictures.load_named(saved, size)
     try:
         checkpoints.require_head(state, sum(factors))  # before so large a model is made

@@ -318,7 +318,8 @@ def folder_tokenizer(folder: Path, rows: int | None) -> Any:
             ]
             inner = tokenizers.Tokenizer.from_str(json.dumps(content))
     except Exception as error:  # the package raises plain Exceptions
-        raise OSError(f"{path} is no tokenizer that can be read ({error})") from error
+        said = " ".join(str(error).split())
+        raise OSError(f"{path} is no tokenizer that can be read ({said})") from error
     return inner
 
 
@@ -332,7 +333,8 @@ def gguf_tokenizer(path: Path) -> tuple[Any, dict, int | None]:
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     except Exception as error:
-        raise OSError(f"{path} holds no tokenizer that can be read ({error})") from error
+        said = " ".join(str(error).split())
+        raise OSError(f"{path} holds no tokenizer that can be read ({said})") from error
 
 
 # --------------------------------------------------------------------------------------- writing

@@ -565,6 +565,16 @@ def reopen(
         raise OSError(f"{folder} is no finished run that can be scored: {error}") from error
 
 
+@contextlib.contextmanager
+def as_saved_in(folder: str) -> Iterator[None]:
+    """What is wrong in it comes of a run's settings: the error names their file, too."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        kind = ValueError if isinstance(error, ValueError) else OSError
+        raise kind(f"{error}; so {Path(folder) / 'config.json'} has it") from error
+
+
 # ------------------------------------------------------------------------------ is the merge exact?
 
 

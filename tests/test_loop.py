@@ -253,3 +253,10 @@ def test_lines_and_checkpoints_from_before_a_flag_count_as_made_with_its_default
     journal.add(line)
     again = tables.Journal(tmp_path / "results.jsonl", options)
     assert len(again.find({"method": "san"})) == 1 and len(again.lines) == 2
+
+
+@pytest.mark.parametrize("kind", [ValueError, OSError])
+def test_what_a_saved_run_asks_for_in_vain_names_its_config(kind, tmp_path):
+    with pytest.raises(kind, match=r"^there is no set; so .*config\.json has it$"):
+        with loop.as_saved_in(str(tmp_path)):
+            raise kind("there is no set")
