@@ -498,7 +498,8 @@ def evaluate_run(args: argparse.Namespace) -> None:
         model, tokenizer = restored(*content)
         require_together(model, tokenizer)
     except (ValueError, OSError) as error:
-        raise OSError(f"{path} holds no LLaMA of ours: {error}") from error
+        said = " ".join(str(error).split())
+        raise OSError(f"{path} holds no LLaMA of ours: {said}") from error
     model = ranks.shard(model, args.device) if args.shard else model.to(args.device)
     with loop.as_saved_in(args.evaluate):
         job, _ = load_job(config, model, tokenizer)

@@ -273,7 +273,7 @@ def evaluate_run(args: argparse.Namespace) -> None:
         if saved.method == "vpt":  # the one method whose merged model is not the base model's kind
             methods.adapt(model, "vpt", saved)
         checkpoints.load_backbone(model, state, head=True)
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:  # the latter: a size that no tensor can have
         raise OSError(f"{path} is not of the run that config.json tells: {error}") from error
     model = loop.on_device(model, args.device)
     print(f"test accuracy of {path}  {100 * score(model, data.test, data.factors, saved):.2f} %")

@@ -296,7 +296,7 @@ def question(record: dict, where: str, ask: str = "options") -> Question:
     if len(set(options)) < max(2, len(options)) or "" in options:
         raise OSError(f"{where} needs two options or more, all different, not '{form[1].strip()}'")
     if answer not in options:
-        raise OSError(f"{where} has the answer '{answer}', which is not among {', '.join(options)}")
+        raise OSError(f"{where} has the answer {answer!r}, which is not among {', '.join(options)}")
     if not output.endswith(answer):
         raise OSError(f"{where} has an output that does not end with its answer '{answer}'")
     if ask == "words":
