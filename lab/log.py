@@ -61,6 +61,8 @@ class Log(contextlib.ExitStack):
 
         group: train, epoch or result. step: by default the one after all that was written before.
         """
+        if not self.package:
+            return
         self.step = self.step + 1 if step is None else step
         figures = {f"{group}/{k}": v for k, v in figures.items() if isinstance(v, (int, float))}
         vectors = {f"gamma/{layer}": v.detach().float().cpu() for layer, v in gammas.items()}

@@ -153,9 +153,10 @@ def fit(
                 running += loss * rows
                 seen += rows
                 if i % 20 == 0 or i == len(loader) - 1:  # reading the loss makes the device wait
-                    require_finite(loss.item(), [], epoch, rate, checkpoint)
+                    now = loss.item()
+                    require_finite(now, [], epoch, rate, checkpoint)
                     bar.set_postfix(loss=f"{running.item() / seen:.3f}", lr=f"{rate:.1e}")
-                    log.write("train", {"loss": loss.item(), "rate": rate}, at)
+                    log.write("train", {"loss": now, "rate": rate}, at)
                 bar.update(rows)
         seconds = time.perf_counter() - started
         require_finite(running.item(), parameters, epoch, rate, checkpoint)
@@ -163,11 +164,13 @@ def fit(
         record = {"epoch": epoch + 1, "loss": running.item() / seen, "val": val}
         history.append(record | {"seconds": seconds, f"{unit}_per_second": seen / seconds})
         log.write("epoch", history[-1], at, ranks.gathered(gammas(model)))
+        if not checkpoint:
+            continue
         content = {"settings": settings(args), "history": history}
         content |= {"model": methods.trained_state(model), "optimizer": optimizer.state_dict()}
         content |= {"mean": mean.state_dict()} if mean else {}
-        content = ranks.gathered(content) if checkpoint else {}
-        if checkpoint and not ranks.number():
+        content = ranks.gathered(content)
+        if not ranks.number():
             san.write(content, checkpoint)
             left = (args.epochs - epoch - 1) * (time.perf_counter() - started)
             tqdm.write(f"{label}  {in_short(history[-1], unit, left)}", file=sys.stdout)
