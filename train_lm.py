@@ -36,6 +36,7 @@ from lab import (
     tables,
     visual,
 )
+from lab.checkpoints import in_one_line
 from lab.log import NOWHERE, Log
 from lab.questions import IGNORE, LlamaTokenizer, Questions, Tokenizer, encode
 from lab.scoring import ABSENT, accuracy, answer, branch, guesses, mean, per_character, speak
@@ -203,7 +204,7 @@ def restored(
             model = (models.LLaVA if "tower" in numbers else models.LLaMA)(**numbers)
         model.load_state_dict(state, assign=True)
     except Exception as error:  # a scaling of positions may hold anything
-        raise ValueError(f"it is broken: {' '.join(str(error).split())[:200]}") from error
+        raise ValueError(f"it is broken: {in_one_line(error)[:200]}") from error
     if numbers["tied"]:
         model.head.weight = model.embed.weight
     own = LlamaTokenizer(Path(pieces)) if isinstance(pieces, str) else Tokenizer(pieces)
@@ -498,8 +499,7 @@ def evaluate_run(args: argparse.Namespace) -> None:
         model, tokenizer = restored(*content)
         require_together(model, tokenizer)
     except (ValueError, OSError) as error:
-        said = " ".join(str(error).split())
-        raise OSError(f"{path} holds no LLaMA of ours: {said}") from error
+        raise OSError(f"{path} holds no LLaMA of ours: {in_one_line(error)}") from error
     model = ranks.shard(model, args.device) if args.shard else model.to(args.device)
     with loop.as_saved_in(args.evaluate):
         job, _ = load_job(config, model, tokenizer)

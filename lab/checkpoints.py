@@ -601,6 +601,11 @@ def require(package: str, what: str) -> None:
         )
 
 
+def in_one_line(error: Exception) -> str:
+    """What an error says, for a message of one line; packages' own may have several."""
+    return " ".join(str(error).split())
+
+
 def describe(tensor: Tensor | None) -> str:
     """A tensor's shape in words, for messages: 96×96, or 'missing'."""
     return "missing" if tensor is None else "×".join(map(str, tensor.shape)) or "a number"

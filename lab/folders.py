@@ -15,6 +15,8 @@ from PIL import Image, ImageOps
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from lab.checkpoints import in_one_line
+
 
 class Files(Dataset):
     """Picture files and their class numbers: (RGB image, class number) pairs, read when asked for.
@@ -50,7 +52,7 @@ def naming(path: Path | str) -> Iterator[None]:
     except Unreadable:  # named already
         raise
     except Exception as error:  # Pillow's plugins raise nearly all there is: struct.error, KeyError
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = in_one_line(error) or type(error).__name__
         raise Unreadable(f"{path} is not a picture that can be read: {reason}") from error
 
 

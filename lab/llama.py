@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lab import gguf, saved
-from lab.checkpoints import describe, rename, require
+from lab.checkpoints import describe, in_one_line, rename, require
 from models import LLaMA, LLaVA
 
 # Hugging Face's names and ours, as in checkpoints.py
@@ -155,7 +155,7 @@ def without_weights(
     except KeyError as error:
         raise OSError(f"{described} has no entry {error}; fetch it again") from error
     except Exception as error:  # a text where a number belongs, a size that torch refuses
-        raise ValueError(f"{described}: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{described}: {in_one_line(error)}") from error
 
 
 def dtype_of(name: str, dtype: torch.dtype) -> torch.dtype:
@@ -214,8 +214,7 @@ def read_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
                             raise ValueError(f"{key} is of {value.dtype}, not of floats")
                         yield key, value
         except Exception as error:  # of whatever kind the package has
-            said = " ".join(str(error).split())
-            raise OSError(f"{path} is broken ({said}); fetch it again") from error
+            raise OSError(f"{path} is broken ({in_one_line(error)}); fetch it again") from error
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -318,8 +317,7 @@ def folder_tokenizer(folder: Path, rows: int | None) -> Any:
             ]
             inner = tokenizers.Tokenizer.from_str(json.dumps(content))
     except Exception as error:  # the package raises plain Exceptions
-        said = " ".join(str(error).split())
-        raise OSError(f"{path} is no tokenizer that can be read ({said})") from error
+        raise OSError(f"{path} is no tokenizer that can be read ({in_one_line(error)})") from error
     return inner
 
 
@@ -333,8 +331,9 @@ def gguf_tokenizer(path: Path) -> tuple[Any, dict, int | None]:
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     except Exception as error:
-        said = " ".join(str(error).split())
-        raise OSError(f"{path} holds no tokenizer that can be read ({said})") from error
+        raise OSError(
+            f"{path} holds no tokenizer that can be read ({in_one_line(error)})"
+        ) from error
 
 
 # --------------------------------------------------------------------------------------- writing

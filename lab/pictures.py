@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from lab import loop, sprites
 from lab.batches import Resident
+from lab.checkpoints import in_one_line
 from lab.folders import naming, read_splits, to_rgb
 
 # bytes of a split that is kept in memory, decoded once; a larger one is decoded when asked for [us]
@@ -246,7 +247,7 @@ def from_torchvision(
             where = (
                 f"fetch {address}" if address else f"fetch it as torchvision's {class_name} says"
             )
-            said = " ".join(str(error).split()) or repr(error)
+            said = in_one_line(error) or repr(error)
             raise OSError(
                 f"could not open or download {name} ({said}); where there "
                 f"is no network, {where} and unpack it in {(root / folder).resolve()}"
