@@ -987,6 +987,11 @@ def save_adapter(model: nn.Module, path: str | os.PathLike) -> None:
     Raises ValueError for a model without SAN layers or with them disabled, and for a value that is
     not finite; OSError if it cannot be written.
     """
+    write(adapter_of(model), path)
+
+
+def adapter_of(model: nn.Module) -> dict[str, Any]:
+    """What `save_adapter` writes. Of processes that share a model all call it, and one writes."""
     model, layers = _adapted(model)
     if any(layer.used for layer in layers.values()):
         _look_at_first_forward(model)
@@ -1000,7 +1005,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike) -> None:
     content = {"san": _FORMAT, "links": [tuple(link) for link in attached.links]}
     content |= {"settings": attached.settings, "values": values, "frozen": frozen}
     content["samples"] = {name: _sample(layer.layer.weight) for name, layer in layers.items()}
-    write(content, path)
+    return content
 
 
 def is_dense(value: Any) -> bool:

@@ -15,7 +15,6 @@ import re
 import shlex
 import shutil
 import sys
-import tempfile
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -498,13 +497,13 @@ def conclude(
     if ranks.number() and not ranks.is_sharded(model):  # the first writes, and this one helps it
         test(model), methods.fold(model), test(model)
         return
-    out, elsewhere = Path(args.out), tempfile.TemporaryDirectory
-    with elsewhere() if ranks.number() else contextlib.nullcontext(out) as folder:  # all gather
-        path = Path(folder) / "adapter.pt"
-        if args.method in ("san", "ssf"):
-            san.save_adapter(model, path)
-        elif args.method != "full":
-            san.write({"trained": ranks.gathered(methods.trained_state(model))}, path)
+    out = Path(args.out)
+    if args.method in ("san", "ssf"):  # all ranks gather what the first writes
+        adapter = san.adapter_of(model)
+    elif args.method != "full":
+        adapter = {"trained": ranks.gathered(methods.trained_state(model))}
+    if args.method != "full" and not ranks.number():
+        san.write(adapter, out / "adapter.pt")
     if hasattr(model, "_san"):
         result["gamma"] = san.summary(model)["layers"]
     result |= score_and_merge(model, test)
