@@ -93,7 +93,7 @@ class SANLayer(nn.Module):
         return _affine(gamma, z, beta, self.axes.places)  # γ ⊙ z + β
 
     def forward_explicit(self, x: Tensor) -> Tensor:
-        """The same, as the paper writes it: γ' acts on the weight's columns."""
+        """The same, as the paper writes it, for readers and tests: γ' acts on W's columns."""
         anterior_gamma, gamma, beta = self.vectors()
         weight = self.layer.weight * _columns(anterior_gamma, self.axes)
         z = torch.func.functional_call(self.layer, {"weight": weight.to(self.layer.weight)}, x)
@@ -130,9 +130,11 @@ def attach(
     β, since nothing in the base model could hold it after the merge [us].
     trainable: names of modules or parameters to train besides, such as norms and the head [C].
     Bring the model to its dtype before, make the optimizer (without weight decay on γ, which would
-    pull it to 0), DDP or FSDP after. Until `merge` or `detach` a layer's keys are fc1.layer.weight
-    in place of fc1.weight. Names and sizes of the links are checked; which layer reads which is the
-    caller's knowledge: a wrong link trains and merges all the same.
+    pull it to 0), DDP or FSDP after. Until `merge` or `detach` a layer is a SANLayer, its keys are
+    fc1.layer.weight in place of fc1.weight, and fc1.weight is a copy of W*, to read and not to
+    write. What trains is float32: of a half-precision norm, norm.parametrizations.weight.original.
+    Names and sizes of the links are checked; which layer reads which is the caller's knowledge: a
+    wrong link trains and merges all the same.
     Raises ValueError or TypeError for what cannot be adapted, and leaves the model as it was.
     """
     settings = {"scale": scale, "propagate": propagate, "shift": shift}
@@ -145,8 +147,8 @@ def attach(
 def merge(model: nn.Module) -> None:
     """Put W* and b* in place of W and b; layers and keys are the base model's own again.
 
-    What else was trained keeps its values. Raises ValueError, and leaves the model as it was,
-    where a merged weight would not be finite.
+    What else was trained keeps its values; hooks on a SAN layer go with it. Raises ValueError, and
+    leaves the model as it was, where a merged weight would not be finite.
     """
     model, layers = _adapted(model)
     for name, layer in layers.items():  # all are checked before any is changed
@@ -159,8 +161,8 @@ def merge(model: nn.Module) -> None:
 def detach(model: nn.Module) -> None:
     """Give the whole base model back, bit for bit: its layers, parameters and buffers.
 
-    Raises ValueError, and changes nothing, where something was set to train after `attach`
-    without being named in its `trainable`: its base value is not kept.
+    Raises ValueError, and changes nothing, where something that `trainable` does not name was set
+    to train or given other values after `attach`: its base value is not kept.
     """
     model, _ = _adapted(model)
     _require_remembered(model)
@@ -489,7 +491,7 @@ def _check(
             _require_values(key, tensors[key])
             if inside := [layer for layer in names if key.startswith(f"{layer}.")]:
                 raise ValueError(
-                    f"'{key}' is in the linked layer '{inside[0]}', so frozen; link it or train it"
+                    f"'{key}' is in the linked layer '{inside[0]}', so frozen; leave one of the two"
                 )
             parent, _, last = key.rpartition(".")
             tied = len(users[id(tensors[key])]) > 1
@@ -632,12 +634,13 @@ class _Attached:
     children: list[tuple[str, nn.Module, str, nn.Module]]  # name, parent, name in it, child
     values: dict[str, Tensor | None]  # of what `trainable` names and of every buffer
     shapes: dict[str, list[int]]  # of all that a state dict holds
+    samples: dict[str, Tensor]  # of the same
     required_grad: dict[str, bool]
     disabled: bool = False
 
 
 def _remember(model: nn.Module, links: list[Link], trainable: list[str], settings: dict) -> None:
-    tensors = _tensors(model)
+    tensors, saved = _tensors(model), _tensors(model, saved=True)
     kept = {key: tensors[key] for key in trainable}
     for name, module in model.named_modules(remove_duplicate=False):
         kept |= {_plain(f"{name}.{own}"): buffer for own, buffer in module._buffers.items()}
@@ -652,13 +655,40 @@ def _remember(model: nn.Module, links: list[Link], trainable: list[str], setting
             if child is not None
         ],
         values={key: v if v is None else v.detach().clone() for key, v in kept.items()},
-        shapes=_shapes(_tensors(model, saved=True)),
+        shapes=_shapes(saved),
+        samples={key: _sample(tensor) for key, tensor in saved.items()},
         required_grad={k: v.requires_grad for k, v in tensors.items()},
     )
 
 
 def _shapes(tensors: dict[str, Tensor]) -> dict[str, list[int]]:
     return {key: list(value.shape) for key, value in tensors.items()}
+
+
+def _sample(tensor: Tensor) -> Tensor:
+    """Up to sixteen entries, enough to tell it from others of its shape; none of what is sharded,
+    quantised or not there, as on the meta device."""
+    if not is_dense(tensor) or type(tensor.data) is not Tensor:
+        return torch.empty(0)
+    count = min(16, tensor.numel())
+    places = torch.arange(count) * (tensor.numel() - 1) // max(1, count - 1)
+    return tensor.detach().flatten()[places.to(tensor.device)].float().cpu()
+
+
+def _same(there: Tensor, here: Tensor) -> bool:
+    """Whether two samples are of the same values, whatever type these were rounded to."""
+    if not (len(there) and len(here)):
+        return True
+    # half of bfloat16's last place is 1/256 of a value; float16's smallest numbers are 6e-8 apart
+    return torch.allclose(here, there, rtol=0.005, atol=1e-7, equal_nan=True)
+
+
+def _changed(model: nn.Module, key: str, tensor: Tensor) -> bool:
+    """Whether a frozen tensor was given other values after attach, as far as its sample tells."""
+    layer, _, name = key.rpartition(".layer.")  # of what a SAN layer holds
+    samples, here = model._san.samples, _sample(tensor)
+    there = samples.get(key, samples.get(f"{layer}.{name}"))
+    return there is not None and (len(there) != len(here) > 0 or not _same(there, here))
 
 
 class _Rounded(nn.Module):
@@ -700,14 +730,15 @@ def _look_at_first_forward(model: nn.Module, *_: Any) -> None:
     silent = _silent(model)
     if unused := [n for n, m in layers.items() if not m.used and m not in silent]:
         warnings.warn(
-            f"the model ran without its linked layers {', '.join(unused)}, so that their γ is not "
-            "trained; unlink what the model does not use",
+            f"the model ran without its linked layers {', '.join(unused)}, so that their γ scales "
+            "nothing they give out before the merge does; unlink what the model does not call",
             stacklevel=2,
         )
-    if early := [n for n, m in layers.items() if m.early and m.anterior[0] not in silent]:
+    ran = {m for m in layers.values() if m.used and m not in silent}
+    if early := [n for n, m in layers.items() if m.early and m.anterior[0] in ran]:
         warnings.warn(
             f"{', '.join(early)} ran before the anterior that its link names; name the layer whose "
-            "output it reads",
+            "output it reads, unless it runs again and reads this one's then",
             stacklevel=2,
         )
     gammas = [layer.gamma for layer in layers.values() if layer.gamma is not None]
@@ -812,10 +843,13 @@ def _require_remembered(model: nn.Module) -> None:
     kept = {id(tensors.get(name)) for name in names}  # what is tied has several names
     replaced = _replaced(model)
     for key, tensor in tensors.items():
-        if tensor.requires_grad and id(tensor) not in kept and not key.startswith(replaced):
+        if id(tensor) in kept or key in model._san.values or key.startswith(replaced):
+            continue
+        if tensor.requires_grad or _changed(model, key, tensor):
+            what = "set to train" if tensor.requires_grad else "given other values"
             raise ValueError(
-                f"'{key}' was set to train after attach, so that its base value is not kept; name "
-                "it in `trainable`, or load the base model anew"
+                f"'{key}' was {what} after attach, so that its base value is not kept; name it in "
+                "`trainable`, or load the base model anew"
             )
 
 
@@ -982,7 +1016,8 @@ def save_adapter(model: nn.Module, path: str | os.PathLike) -> None:
     """Write all that differs from the base model, with the links and settings.
 
     That is γ and β, what requires a gradient or was named in `trainable`, what was put in place of
-    a module of the base, and every buffer that changed (BatchNorm's statistics).
+    a module of the base or given other values since, and every buffer that changed (BatchNorm's
+    statistics).
 
     Raises ValueError for a model without SAN layers or with them disabled, and for a value that is
     not finite; OSError if it cannot be written.
@@ -1004,7 +1039,7 @@ def adapter_of(model: nn.Module) -> dict[str, Any]:
     frozen = {k: shape for k, shape in frozen.items() if not k.startswith(lost)}
     content = {"san": _FORMAT, "links": [tuple(link) for link in attached.links]}
     content |= {"settings": attached.settings, "values": values, "frozen": frozen}
-    content["samples"] = {name: _sample(layer.layer.weight) for name, layer in layers.items()}
+    content["samples"] = {key: attached.samples[key] for key in frozen}
     return content
 
 
@@ -1014,7 +1049,7 @@ def is_dense(value: Any) -> bool:
     return plain and not (value.is_complex() or value.is_quantized)
 
 
-_FORMAT = 2  # of adapter files, and what they hold
+_FORMAT = 3  # of adapter files, and what they hold
 _HOLDS = {
     "links": (list, lambda link: isinstance(link, tuple) and len(link) == 3),
     "settings": (dict, lambda value: isinstance(value, bool)),
@@ -1024,31 +1059,26 @@ _HOLDS = {
 }
 
 
-def _sample(weight: Tensor) -> Tensor:
-    """Sixteen entries of a weight: enough to tell the base from others of the same shapes."""
-    flat = _whole(weight).detach().flatten()
-    return flat[:: max(1, len(flat) // 16)][:16].float().cpu().clone()
-
-
 def _different(model: nn.Module) -> dict[str, Tensor]:
     """Name → tensor of all that may differ from the base model's."""
     attached, found = model._san, {}
     inside = tuple(f"{link.layer}.layer." for link in attached.links)
     new = _replaced(model)
     for key, tensor in _tensors(model, saved=True).items():
+        other = _changed(model, key, tensor)
         if key.startswith(inside):
-            if tensor.requires_grad:
+            if tensor.requires_grad or other:
+                what = "has other values than at attach" if other else "requires a gradient"
                 raise ValueError(
-                    f"'{key}' requires a gradient, but the layer that SAN adapts is frozen; what "
-                    "is trained inside it cannot be kept in an adapter"
+                    f"'{key}' {what}, but the layer that SAN adapts is frozen; what is trained "
+                    "inside it cannot be kept in an adapter"
                 )
             continue
         base = attached.values.get(key)
         named = key in attached.trainable or key in _gammas_and_betas(model)
-        changed = not isinstance(tensor, nn.Parameter) and (
-            base is None or not torch.equal(tensor, base.to(tensor))
-        )
-        if named or changed or tensor.requires_grad or key.startswith(new):
+        if not isinstance(tensor, nn.Parameter):
+            other = base is None or not torch.equal(tensor, base.to(tensor))
+        if named or other or tensor.requires_grad or key.startswith(new):
             found[key] = tensor
     return found
 
@@ -1056,11 +1086,12 @@ def _different(model: nn.Module) -> dict[str, Tensor]:
 def load_adapter(model: nn.Module, path: str | os.PathLike) -> None:
     """Attach what `save_adapter` wrote to a fresh base model, on its device and in its dtype.
 
-    What is frozen decides whether the file fits: its names, shapes and a few entries per linked
-    weight. A linear layer or convolution that was trained, as a new head, takes the file's shape; a
-    head of another kind has to be put in place first. Raises ValueError, and leaves the model as it
-    was, if the file belongs to another base model (naming what differs first), has values that are
-    not finite or is no adapter; OSError if it is unreadable.
+    What is frozen decides whether the file fits: its names, shapes and a few entries of each, by
+    which a model that was merged already is refused too. A linear layer or convolution that was
+    trained, as a new head, takes the file's shape; a head of another kind has to be put in place
+    first. Raises ValueError, and leaves the model as it was, if the file belongs to another base
+    model (naming what differs first), has values that are not finite or is no adapter; OSError if
+    it is unreadable.
     """
     content = read_adapter(path)
     model = _unwrapped(model, ddp=False)
@@ -1071,7 +1102,9 @@ def load_adapter(model: nn.Module, path: str | os.PathLike) -> None:
         added = {f"{layer}.{name}" for layer, *_ in links for name in ("gamma", "beta")}
         of_base = {key: value for key, value in values.items() if key not in added}
         _check_base(path, content["frozen"], of_base, model)
-        _check_samples(path, content["samples"], links, own)
+        for layer, *_ in links:
+            _require_values(f"{layer}.weight", own[f"{layer}.weight"])
+        _check_samples(path, {key: content["samples"][key] for key in content["frozen"]}, own)
         trained = [key for key in of_base if isinstance(own[key], nn.Parameter)]
         attach(model, links, **content["settings"], trainable=trained)
         here = {k: v for k, v in _tensors(model).items() if k in added}
@@ -1127,15 +1160,15 @@ def _check_base(path: Any, frozen: dict, values: dict, model: nn.Module) -> None
         raise ValueError(f"{path} was trained on another base model: {'; '.join(differ[:3])}")
 
 
-def _check_samples(path: Any, samples: dict, links: list[Link], own: dict[str, Tensor]) -> None:
-    """Raise ValueError if a linked weight has other values, whatever either was rounded to."""
-    for name, *_ in links:
-        _require_values(f"{name}.weight", own[f"{name}.weight"])
-        there, here = samples[name], _sample(own[f"{name}.weight"])
-        if not torch.allclose(here, there, rtol=0, atol=0.1 * there.abs().max().item()):
+def _check_samples(path: Any, samples: dict[str, Tensor], own: dict[str, Tensor]) -> None:
+    """Raise ValueError if what is frozen has other values, whatever either was rounded to."""
+    for key, there in samples.items():
+        here = _sample(own[key])
+        if not _same(there, here):
+            at = (here - there).abs().argmax()
             raise ValueError(
-                f"{path} was trained on other weights of this architecture: {name}.weight is "
-                f"{there[0]:.3g}, … there and {here[0]:.3g}, … here; load the same base first"
+                f"{path} was trained on other weights of this architecture: {key} has "
+                f"{there[at]:.3g} there and {here[at]:.3g} here; load the same base first, unmerged"
             )
 
 

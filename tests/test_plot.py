@@ -42,7 +42,7 @@ def make_run(path: Path, method: str, **config) -> Path:
     (path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
     if method in ("san", "ssf"):
         values = {f"{layer}.gamma": value for layer, value in GAMMA.items()}
-        content = {"san": 2, "links": [("a", None, None), ("b", "a", None)], "values": values}
+        content = {"san": 3, "links": [("a", None, None), ("b", "a", None)], "values": values}
         torch.save(content | {"settings": {}, "frozen": {}, "samples": {}}, path / "adapter.pt")
     state = {key: value * FACTOR.get(key, 1) for key, value in BASE.items()}
     torch.save({"state_dict": state}, path / ("model.pt" if method == "full" else "merged.pt"))

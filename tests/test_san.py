@@ -472,13 +472,31 @@ def narrower():
     return model
 
 
+def with_another_bias():
+    model = mlp()
+    nn.init.normal_(model.fc2.bias)
+    return model
+
+
+def merged_already():
+    """By γ near 1, as a short training leaves them."""
+    model = mlp()
+    attach(model, LINKS)
+    for layer in (model.fc1, model.fc2):
+        nn.init.uniform_(layer.gamma, 0.97, 1.03)
+    merge(model)
+    return model
+
+
 @pytest.mark.parametrize(
     "other, message",
     [
         (lambda: mlp(first="stem"), r"fc1\.weight \(\[8, 6\] there, missing here\); fc1\.bias"),
         (narrower, r"fc2\.weight \(\[8, 8\] there, \[7, 8\] here\)"),
         (lambda: case("convnext_micro")[0], r"fc1\.weight"),
-        (lambda: randomised(mlp()), r"other weights of this architecture: fc1\.weight is"),
+        (lambda: randomised(mlp()), r"other weights of this architecture: fc1\.weight has"),
+        (with_another_bias, r"other weights of this architecture: fc2\.bias has"),
+        (merged_already, r"other weights of this architecture: fc1\.weight has .*, unmerged"),
         (adapted_mlp, "already"),
     ],
 )
@@ -487,6 +505,32 @@ def test_an_adapter_of_another_base_is_refused_with_the_keys_that_differ(other, 
     model = other()
     with unchanged(model), pytest.raises(ValueError, match=message):
         load_adapter(model, tmp_path / "a.pt")
+
+
+@pytest.mark.parametrize("rounded", [torch.bfloat16, torch.float16])
+def test_an_adapter_loads_onto_its_base_read_from_a_file_of_half_precision(rounded, tmp_path):
+    model, x = adapted_mlp(torch.float32, shift=True), torch.randn(4, 6)
+    save_adapter(model, tmp_path / "a.pt")
+    other = mlp(torch.float32).to(rounded).float()
+    load_adapter(other, tmp_path / "a.pt")
+    assert difference(other(x), model(x)) < 0.05
+
+
+def test_what_is_given_other_values_after_attach_is_saved_and_not_detached(tmp_path):
+    model, x = mlp(), torch.randn(2, 6).double()
+    attach(model, LINKS)
+    model.head.load_state_dict(randomised(nn.Linear(8, 3), torch.float64).state_dict())
+    with pytest.raises(ValueError, match="'head.weight' was given other values after attach"):
+        detach(model)
+    with pytest.raises(ValueError, match="'head.weight' was given"), disabled(model):
+        pass
+    save_adapter(model, tmp_path / "a.pt")
+    other = mlp()
+    load_adapter(other, tmp_path / "a.pt")
+    assert torch.equal(other(x), model(x))
+    nn.init.zeros_(model.fc1.layer.weight)
+    with pytest.raises(ValueError, match="'fc1.layer.weight' has other values than at attach"):
+        save_adapter(model, tmp_path / "b.pt")
 
 
 def test_a_new_head_of_another_size_is_loaded_and_detached(tmp_path):
@@ -870,3 +914,23 @@ def test_a_link_to_a_layer_that_runs_later_is_warned_of():
         warnings.simplefilter("error")
         model[2].weight  # read before its anterior has run: nothing has gone wrong
         model(torch.randn(2, 4))
+
+
+class Bypassing(nn.Module):
+    """Calls its first layer by another handle than the one that is adapted."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.own = [self.a]
+
+    def forward(self, x):
+        return self.b(self.own[0](x))
+
+
+def test_a_layer_that_is_called_past_its_san_layer_is_warned_of_alone():
+    model = Bypassing()
+    attach(model, [Link("a"), Link("b", "a")])
+    with pytest.warns(UserWarning) as told:
+        model(torch.randn(2, 4))
+    assert ["ran without its linked layers a, " in str(one.message) for one in told] == [True]
