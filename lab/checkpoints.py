@@ -258,11 +258,8 @@ def from_vit_authors(arrays: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
 
     Their kernels have the outputs last, and attention's are split into h heads of d channels:
     query, key and value are C×h×d, out is h×d×C. Left out is the head, with the layer before it
-    that only pre-training had. Their pixels are (x − 0.5) / 0.5, ours (x − mean) / std; the patch
-    embedding W, b takes the difference in, exactly since it pads nothing [us]:
-
-        W' = W ⊙ std / 0.5,    b' = b + Σ W (mean − 0.5) / 0.5
-
+    that only pre-training had. Their pixels are (x − 0.5) / 0.5: the patch embedding is made
+    `for_our_pixels` [us].
     One difference is left: their code has GELU in its tanh form, within 0.0005 of ours.
     Raises KeyError, ValueError, TypeError or RuntimeError if the arrays are of something else.
     Source: github.com/google-research/vision_transformer, vit_jax/models_vit.py.
@@ -285,11 +282,20 @@ def from_vit_authors(arrays: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
 
     sides = arrays["embedding/kernel"].shape[:3]  # height, width, 3
     weight = state["patch_embed.weight"].unflatten(1, sides).movedim(3, 1)  # C 3 height width
-    mean, std = (torch.tensor(numbers).view(3, 1, 1) for numbers in (MEAN, STD))
-    shift = (weight * (mean - 0.5) / 0.5).sum((1, 2, 3))
-    state["patch_embed.weight"] = weight * std / 0.5
-    state["patch_embed.bias"] = state["patch_embed.bias"] + shift
+    own = for_our_pixels(weight, state["patch_embed.bias"], [0.5] * 3, [0.5] * 3)
+    state["patch_embed.weight"], state["patch_embed.bias"] = own
     return state
+
+
+def for_our_pixels(
+    weight: Tensor, bias: Tensor, mean: list[float], std: list[float]
+) -> tuple[Tensor, Tensor]:
+    """A patch embedding W, b of pixels (x − mean) / std made one of ours, with M and S.
+
+    W' = W ⊙ S / std and b' = b + Σ W (M − mean) / std, exactly since it pads nothing. W: C×3×h×w.
+    """
+    mean, std, m, s = (torch.tensor(own).view(3, 1, 1) for own in (mean, std, MEAN, STD))
+    return weight * s / std, bias + (weight * (m - mean) / std).sum((1, 2, 3))
 
 
 # ---------------------------------------------------------------------------------------- files

@@ -260,6 +260,8 @@ class LlamaTokenizer:
         else:
             described = source / "config.json"
             config = read_json(described)
+            if isinstance(config.get("text_config"), dict):  # of a LLaVA
+                config |= config["text_config"]
             self.inner = folder_tokenizer(source, config.get("vocab_size"))
             end = config.get("eos_token_id")
         self.inner.no_truncation()

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lab import llama
-from lab.checkpoints import rename, require
+from lab import llama, saved
+from lab.checkpoints import for_our_pixels, rename, require
 from models import LLaMA, LLaVA
 
 # Hugging Face's names and ours, as in checkpoints.py; the LLaMA's are llama.py's
@@ -49,6 +49,10 @@ def load(folder: str | Path, dtype: torch.dtype = torch.float32) -> LLaMA:
     require("safetensors", "a folder with a LLaVA's weights")
     model = llama.without_weights(partial(numbers, config), path, LLaVA)
     llama.fill(model, weights(path.parent, len(model.tower.blocks)), dtype, path)
+    if statistics := pixels(path.parent):
+        layer = model.tower.patch_embed
+        own = for_our_pixels(layer.weight.data, layer.bias.data, *statistics)
+        layer.weight.data, layer.bias.data = own
     return model
 
 
@@ -60,6 +64,7 @@ def numbers(config: dict) -> dict:
             f"its vision tower is of type '{vision.get('model_type', 'clip_vision_model')}'; only "
             "'vit' can be loaded"
         )
+    vision = {"layer_norm_eps": 1e-12} | vision  # where it is left out, it is theirs
     for entries, key, value in (
         (vision, "hidden_act", "gelu"),
         (vision, "layer_norm_eps", 1e-6),
@@ -84,6 +89,22 @@ def numbers(config: dict) -> dict:
     if picture is None:
         raise KeyError("image_token_index")
     return llama.llama_numbers(config["text_config"]) | dict(tower=tower, picture=picture)
+
+
+def pixels(folder: Path) -> list[list[float]]:
+    """Mean and deviation, by channel, of the pixels, 0 … 1, that the tower was trained on.
+
+    Nothing where no processor's file has them: they are taken to be ours. Raises OSError.
+    """
+    three = {"image_mean": "three numbers", "image_std": "three numbers above 0"}
+    for path in (folder / "preprocessor_config.json", folder / "processor_config.json"):
+        own = llama.read_json(path) if path.is_file() else {}
+        own = own.get("image_processor", own)
+        if isinstance(own, dict) and "image_mean" in own:
+            with saved.naming(path):
+                saved.require(own, three)
+            return [own[name] for name in three]
+    return []
 
 
 def weights(folder: Path, depth: int) -> Iterator[tuple[str, str, Tensor]]:

@@ -65,6 +65,8 @@ KINDS = {
     PART: lambda v: v in ("search", "test"),
 }
 KINDS |= {TEXTS: each(KINDS[TEXT]), COUNTS: each(KINDS[COUNT])}
+KINDS |= {"three numbers": lambda v: each(number(-1e9, 1e9))(v) and len(v) == 3}
+KINDS |= {"three numbers above 0": lambda v: each(number(1e-9, 1e9))(v) and len(v) == 3}
 KINDS |= {"a text or texts in a list": lambda v: KINDS[TEXT](v) or KINDS[TEXTS](v)}
 KINDS |= {"texts of `pack` by name": lambda v: KINDS[ENTRIES](v) and all(map(is_hits, v.values()))}
 KINDS |= {COUNTED: lambda v: KINDS[ENTRIES](v) and all(map(KINDS[COUNT], v.values()))}

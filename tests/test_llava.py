@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 import models
 import san
-from lab import llava
+from lab import llava, visual
+from lab.batches import to_input
 from lab.propose import propose
 from models import LLaVA
 from san import Link
@@ -138,12 +139,55 @@ def test_greedy_generation_gives_the_tokens_of_transformers(tmp_path):
     assert models.generate(own, prompt[0].tolist(), count=12, images=images) == expected
 
 
+HALF = dict(image_mean=[0.5] * 3, image_std=[0.25, 0.5, 1])
+PROCESSORS = {"preprocessor_config.json": HALF, "processor_config.json": {"image_processor": HALF}}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_the_tower_reads_pixels_normalised_as_its_processor_says(name, tmp_path):
+    real, pixels = theirs(), torch.rand(2, 3, 16, 16)
+    (tmp_path / name).write_text(json.dumps(PROCESSORS[name]))
+    own = saved(real, tmp_path)
+    mean, std = (torch.tensor(HALF[key]).view(3, 1, 1) for key in HALF)
+    tokens = batch(own)
+    expected = real(input_ids=tokens, pixel_values=(pixels - mean) / std).logits
+    assert (own(tokens, images=to_input(255 * pixels)) - expected).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("numbers", [0.5, [0.5] * 2, [0.5, 0, 0.5], [0.5, "x", 1], None])
+def test_a_processor_without_three_numbers_is_named(numbers, tmp_path):
+    path = tmp_path / "preprocessor_config.json"
+    path.write_text(json.dumps(HALF | {"image_std": numbers}))
+    with pytest.raises(OSError, match=f"{path} is broken: 'image_std'"):
+        llava.pixels(tmp_path)
+    path.write_text('{"image_processor": 3}')
+    assert llava.pixels(tmp_path) == []
+
+
+def test_its_tokenizer_ends_a_text_as_the_text_config_says(tmp_path):
+    tokenizers = pytest.importorskip("tokenizers", reason="it reads tokenizer.json")
+    own = saved(theirs(), tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    config["text_config"]["eos_token_id"] = 3
+    path.write_text(json.dumps(config))
+    words = {f"w{i}": i for i in range(PICTURE)}
+    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w0"))
+    inner.add_special_tokens([visual.IMAGE])
+    inner.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = llava.llama.LlamaTokenizer(tmp_path)
+    assert tokenizer.end == 3
+    visual.require_token(own, tokenizer)
+
+
 @pytest.mark.parametrize(
     "change, named",
     [
         (lambda c: c["vision_config"].update(model_type="clip_vision_model"), "clip_vision_model"),
         (lambda c: c["vision_config"].update(hidden_act="quick_gelu"), "quick_gelu"),
         (lambda c: c["vision_config"].update(layer_norm_eps=1e-5), "layer_norm_eps"),
+        (lambda c: c["vision_config"].pop("layer_norm_eps"), "layer_norm_eps is 1e-12"),
         (lambda c: c["vision_config"].update(intermediate_size=24), "intermediate_size"),
         (lambda c: c["text_config"].update(model_type="mistral"), "mistral"),
         (lambda c: c.update(vision_feature_layer=[-2, -1]), "vision_feature_layer"),
