@@ -299,6 +299,8 @@ def questions_job(
     learned = functools.partial(ranks.collate, read)
     loader = DataLoader(kept, args.batch_size, shuffle=True, collate_fn=learned)
     if visual.has_texts(asked):
+        if args.score == "generate":
+            raise ValueError("--score generate is for questions with options, which these lack")
         scored = (encoded_of(split) for split in (asked.val, asked.test))
         return words_job(loader, *(DataLoader(own, 64, collate_fn=read) for own in scored), args)
 

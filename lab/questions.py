@@ -158,7 +158,9 @@ def load_questions(
     """
     folder = Path(source)
     if source != "microworld" and not folder.is_dir():
-        raise ValueError(f"--data {source} is neither a folder nor 'microworld'")
+        raise ValueError(
+            f"--data {source} is neither a folder nor one of microworld, scenes and easy-vqa"
+        )
     unknown = [task for task in tasks if task not in EIGHT and not (folder / task).is_dir()]
     if unknown:
         raise ValueError(f"task '{unknown[0]}' is unknown; choose from {', '.join(EIGHT)}")
@@ -273,6 +275,11 @@ def parsed(text: str, path: Path, line: int) -> Any:
         raise OSError(f"{path}, line {line}, cannot be read: {error}") from error
 
 
+def is_text(value: Any) -> bool:
+    """Whether it is a text that can be written: one without halves of a letter."""
+    return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)
+
+
 def question(record: dict, where: str, ask: str = "options") -> Question:
     """One record of LLM-Adapters' format; its own "Answer format" line names the options.
 
@@ -283,7 +290,7 @@ def question(record: dict, where: str, ask: str = "options") -> Question:
     record = record if isinstance(record, dict) else {}
     for key in (*keys, "input") if record.get("input") else keys:
         text = record.get(key)
-        if not isinstance(text, str) or re.search("[\ud800-\udfff]", text):  # halves of a letter
+        if not is_text(text):
             raise OSError(f"{where} has no text called '{key}'")
     instruction, output, answer = (record[key].strip() for key in keys)
     more = f"\n\n{record['input']}" if record.get("input") else ""

@@ -10,6 +10,7 @@ not look:
 import argparse
 import functools
 import math
+import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
@@ -33,6 +34,7 @@ from lab.questions import (
     collate,
     drawn,
     hold_out,
+    is_text,
     read_records,
     token_loss,
 )
@@ -71,8 +73,10 @@ def check_flags(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     alone = args.method == "projector" and not args.compare
     seen = args.tower or alone or args.projector_lr is not None  # what needs pictures
     seeing = is_visual(args.data)
-    if not (seeing or args.evaluate) and (seen or args.blind or args.data_dir):
-        p.error("--tower, --blind, --data-dir and the projector go with data that have pictures")
+    if not (seeing or args.evaluate) and (seen or args.blind):
+        p.error("--tower, --blind and the projector go with data that have pictures")
+    if args.data_dir and args.data != EASY and not args.evaluate:
+        p.error(f"--data-dir goes with --data {EASY}")
     if args.blind and seen:
         p.error("--blind leaves the tower and the projector unread: leave it out to train them")
     if args.projector_lr is not None and (alone or not 0 < args.projector_lr < math.inf):
@@ -136,17 +140,19 @@ def require_token(model: models.LLaMA, tokenizer: Any) -> None:
 
 
 class Files:
-    """Pictures in files, of one size, read when asked for; the last 256 MB of them are kept."""
+    """Pictures in files, of one size, read when asked for; the last 256 MB of them are kept.
 
-    def __init__(self, paths: list[Path], size: int):
-        self.paths, self.size = paths, size
+    The headers are read at once. Raises OSError that names the file, then or later.
+    """
+
+    def __init__(self, paths: Iterable[Path], size: int):
+        self.files, self.size = folders.Files([(path, 0) for path in paths]), size
         self.read = functools.lru_cache(max(1, 2**28 // (3 * size**2)))(self.read)
 
     def read(self, i: int) -> Tensor:
-        """Bytes 3×size×size, squeezed or stretched [us]. Raises OSError that names the file."""
-        with folders.naming(self.paths[i]), Image.open(self.paths[i]) as image:
-            image = folders.to_rgb(image).resize((self.size, self.size), Image.BICUBIC)
-            data = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+        """Bytes 3×size×size, squeezed or stretched [us]."""
+        image = self.files[i][0].resize((self.size, self.size), Image.BICUBIC)
+        data = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
         return data.view(self.size, self.size, 3).permute(2, 0, 1)
 
     def __getitem__(self, numbers: list[int]) -> Tensor:
@@ -170,9 +176,14 @@ def has_texts(asked: Questions) -> bool:
 def load(args: argparse.Namespace, model: models.LLaMA) -> Questions:
     """The questions of args.data, with their pictures. Raises ValueError or OSError."""
     count = 0 if args.blind else places(model)
-    if args.data == "scenes":
-        return load_scenes(args, count)
     size = model.tower.image_size if count else 1
+    if args.data == "scenes":
+        if count and size != scenes.PIXELS:
+            raise ValueError(
+                f"scenes are drawn in {scenes.PIXELS} pixels, and the tower of --weights reads "
+                f"{size}; take pictures in files, which are read in any size"
+            )
+        return load_scenes(args, count)
     if args.data == EASY:
         return load_easy(args, count, size)
     if [*args.tasks] != [*tasks_of(args.data)]:
@@ -189,6 +200,8 @@ def load_scenes(args: argparse.Namespace, count: int) -> Questions:
     known = (*scenes.FAMILIES, *TEXTS)
     if unknown := [task for task in args.tasks if task not in known]:
         raise ValueError(f"task '{unknown[0]}' is unknown; choose from {', '.join(known)}")
+    if 0 < len({*args.tasks} & {*TEXTS}) < len(args.tasks):
+        raise ValueError(f"{' and '.join(TEXTS)} are learned word by word, without other --tasks")
     splits: dict[str, dict] = {"train": {}, "val": {}, "test": {}}
     most = {"train": None, "val": None, "test": args.test_shots}
     if args.shots:  # a fifth of them for validation, 200 at most, as with other questions
@@ -196,6 +209,9 @@ def load_scenes(args: argparse.Namespace, count: int) -> Questions:
         most |= {"train": args.shots - val, "val": val}
         if not val:
             raise ValueError(f"--shots {args.shots} are too few: at least 5 are needed")
+        task, train = args.tasks[0], args.shots - val
+        if train > (whole := counts_of(task)["train"]):
+            raise ValueError(f"{task} has {whole} training questions, too few for {train}")
     pictures: list[Tensor] = []
     for task in args.tasks:
         for split, own in splits.items():
@@ -215,14 +231,20 @@ def scenes_split(
     task: str, split: str, most: int | None, count: int
 ) -> tuple[list, list[Question]]:
     """The scenes of one task's split, `most` at most, and what is asked or said about each."""
+    whole = counts_of(task)[split]
+    most = min(most or whole, whole)
     if task not in TEXTS:
-        whole = scenes.COUNTS[split]
-        asked = scenes.questions(task, split, min(most or whole, whole))
+        asked = scenes.questions(task, split, most)
         return [one.scene for one in asked], [from_asked(one, count) for one in asked]
     long, seed = task == "descriptions", [*SPLITS].index(split)
-    drawings, texts = scenes.captions(min(most or SPLITS[split], SPLITS[split]), seed, long)
+    drawings, texts = scenes.captions(most, seed, long)
     prompt = asked_with(DESCRIBE, count) if long else IMAGE * count
     return drawings, [Question(prompt, " ", (text,), 0) for text in texts]
+
+
+def counts_of(task: str) -> dict[str, int]:
+    """How many questions or texts the splits of a task of scenes have."""
+    return SPLITS if task in TEXTS else scenes.COUNTS
 
 
 def from_asked(asked: scenes.Asked, count: int) -> Question:
@@ -240,7 +262,8 @@ def load_easy(args: argparse.Namespace, count: int, size: int) -> Questions:
     validation. An open question's options are all answers to open questions.
     """
     root = Path(args.data_dir or "data")
-    roots = (root, root / "easy_vqa" / "data", root / EASY / "easy_vqa" / "data")
+    below = ("", "data", "easy_vqa/data", f"{EASY}/easy_vqa/data")
+    roots = [root / folder for folder in below]
     root = next((r for r in roots if (r / "train" / "questions.json").is_file()), root)
     if unknown := [task for task in args.tasks if task not in EASY_TASKS]:
         raise ValueError(f"task '{unknown[0]}' is unknown; choose from {', '.join(EASY_TASKS)}")
@@ -258,6 +281,11 @@ def load_easy(args: argparse.Namespace, count: int, size: int) -> Questions:
             for split, own in records.items()
         }
         options = tuple(sorted({answer for own in of_task.values() for _, answer, _ in own}))
+        if len(options) < 2 or not all(of_task.values()):
+            raise OSError(
+                f"{root} has too few questions of the task '{task}': train/ and test/ need some, "
+                "with two different answers or more"
+            )
 
         def made(split: str, text: str, answer: str, number: int) -> Question:
             prompt, right = asked_with(text, count), options.index(answer)
@@ -270,19 +298,19 @@ def load_easy(args: argparse.Namespace, count: int, size: int) -> Questions:
         rest = [question for question, number in asked if number % 20]
         val[task], train[task] = hold_out(rest, held[:200], args.shots, task)
         test[task] = drawn([made("test", *r) for r in of_task["test"]], args.test_shots)
-    return Questions(train, val, test, Files([*paths], size) if count else None)
+    return Questions(train, val, test, Files(paths, size) if count else None)
 
 
 def number_of(path: Path, paths: dict[Path, int], where: str) -> int:
     """A picture's number, a new one if it has none yet. Raises OSError if there is no file."""
-    if path not in paths and not path.is_file():
+    if path not in paths and not os.path.isfile(path):  # a name too long is no file either
         raise OSError(f"{where} names a picture, and there is no file {path}")
     return paths.setdefault(path, len(paths))
 
 
 def easy_record(record: Any, where: str) -> tuple[str, str, int]:
     whole = isinstance(record, list) and [type(part) for part in record] == [str, str, int]
-    if not whole:
+    if not (whole and all(map(is_text, record[:2]))):
         raise OSError(f"{where} is not a [question, answer, picture number] of easy-VQA")
     return tuple(record)
 
@@ -311,7 +339,7 @@ def load_folder(
     if count and not paths:
         raise OSError(f"no record in {folder} has an 'image'; give --blind to read the texts alone")
     name, test = folder.resolve().name, drawn(read["test"], test_shots)
-    files = Files([*paths], size) if paths else None
+    files = Files(paths, size) if paths else None
     return Questions({name: train}, {name: val}, {name: test}, files)
 
 
@@ -320,23 +348,28 @@ def conversation(
 ) -> list[Question]:
     """The answers of one record, each with what comes before it. Raises OSError that names it."""
     said = record.get("conversations") if isinstance(record, dict) else None
-    turns = [t for t in said if isinstance(t, dict)] if isinstance(said, list) else []
+    turns = [t if isinstance(t, dict) else {} for t in said] if isinstance(said, list) else []
     kinds, values = [t.get("from") for t in turns], [t.get("value") for t in turns]
     if not turns or kinds != ["human", "gpt"] * (len(turns) // 2):
         raise OSError(f"{where} has no 'conversations' of human and gpt in turn")
-    if not all(isinstance(value, str) and value.strip() for value in values):
-        raise OSError(f"{where} has an empty or missing 'value'")
-    marks, number = sum(value.count(IMAGE) for value in values), None
-    if marks != ("image" in record):
-        raise OSError(f"{where} has {marks} {IMAGE} in its text, and needs one per 'image'")
+    if not all(is_text(value) and value.strip() for value in values):
+        raise OSError(f"{where} has a 'value' that is empty or no text")
+    marks, number = [value.count(IMAGE) for value in values], None
+    if sum(marks) != ("image" in record) or any(marks[1::2]):
+        raise OSError(
+            f"{where} has {sum(marks)} {IMAGE}, and needs one per 'image' in what the human says"
+        )
+    if "image" in record and not is_text(record["image"]):
+        raise OSError(f"{where} has an 'image' that is no file's name")
     if "image" in record and count:
-        number = number_of(folder / str(record["image"]), paths, where)
+        number = number_of(folder / record["image"], paths, where)
     found, before = [], ""
     for ask, answer in zip(values[::2], values[1::2]):
         text = ask.replace(IMAGE, "").strip()
         shown = IMAGE * count + "\n" if IMAGE in ask and count else ""
         before += PROMPT.format(shown, text)
-        found.append(Question(before, " ", (answer.strip(),), 0, picture=number))
+        picture = number if IMAGE in before else None
+        found.append(Question(before, " ", (answer.strip(),), 0, picture=picture))
         before += f" {answer.strip()} "
     return found
 
@@ -439,8 +472,8 @@ def parts(task: str, scores: Tensor, asked: list[Question]) -> dict[str, float]:
     found = {task: gained.mean().item()}
     if task == "POPE" and asked[0].worth:
         said, true = (
-            torch.tensor([q.options[i] == "yes" for q, i in zip(asked, answers)])
-            for answers in (scores.argmax(1).tolist(), [q.answer for q in asked])
+            torch.tensor([i >= 0 and q.options[i] == "yes" for q, i in zip(asked, answers)])
+            for answers in (chosen(scores).tolist(), [q.answer for q in asked])
         )
         found["POPE F1"] = (2 * (said & true).sum() / (said.sum() + true.sum()).clamp(1)).item()
         for i, name in enumerate(scenes.SAMPLINGS[: len(asked)]):
@@ -529,13 +562,15 @@ def main() -> None:
     parser.add_argument("data", nargs="?", default="scenes", choices=["scenes", EASY])
     parser.add_argument("--data-dir")
     args = parser.parse_args()
+    if args.data_dir and args.data != EASY:
+        parser.error(f"--data-dir goes with {EASY}")
     args = argparse.Namespace(
         **vars(args), tasks=tasks_of(args.data), blind=True, shots=None, test_shots=None
     )
     try:
         asked = load(args, None)
-    except OSError as error:
-        parser.exit(1, f"lab.visual: {error}\n")
+    except (ValueError, OSError) as error:
+        parser.exit(2 if isinstance(error, ValueError) else 1, f"lab.visual: {error}\n")
     rows = []
     for task, own in asked.test.items():
         options = Counter(len(q.options) for q in own).most_common(1)[0][0]

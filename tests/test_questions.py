@@ -536,7 +536,7 @@ def test_questions_are_read_as_windows_and_others_write_them(encoding, end, line
 def test_unknown_tasks_and_folders_are_refused_by_name(files):
     with pytest.raises(ValueError, match="task 'nonsense' is unknown; choose from boolq, piqa"):
         questions.load_questions(str(files), ["boolq", "nonsense"])
-    with pytest.raises(ValueError, match="nowhere is neither a folder nor 'microworld'"):
+    with pytest.raises(ValueError, match="nowhere is neither a folder nor one of microworld"):
         questions.load_questions("nowhere", ["boolq"])
 
 

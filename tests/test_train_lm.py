@@ -773,7 +773,7 @@ def test_weights_of_another_size_are_refused(changes, message, flags, weights, t
         (["--tasks", "corpus"], 2, "--tasks corpus stands alone"),
         (["--data", "microworld", "--tasks", "corpus", "piqa"], 2, "--tasks corpus stands alone"),
         (["--data", "microworld", "--tasks", "corpus", "--compare"], 2, "corpus stands alone"),
-        (["--data", "nowhere"], 2, "--data nowhere is neither a folder nor 'microworld'"),
+        (["--data", "nowhere"], 2, "--data nowhere is neither a folder nor one of microworld"),
         (["--data", "microworld", "--train-file", "x.json"], 2, "--train-file goes with --data"),
         (["--weights", "missing.pt"], 1, "there is no file missing.pt"),
         (["--dtype", "bfloat16", "--method", "full"], 2, "give --dtype float32"),

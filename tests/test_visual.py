@@ -120,10 +120,32 @@ def test_a_model_without_pictures_is_refused():
         visual.load(settings("scenes", "GQA"), models.LLaMA(vocab=300, **TEXT))
 
 
+@pytest.mark.parametrize(
+    "tasks, changes, named",
+    [
+        (["GQA"], dict(shots=1201), "1000 training questions, too few for 1001"),
+        (["captions"], dict(shots=40_201), "40000 training questions, too few for 40001"),
+        (["captions", "GQA"], {}, "without other --tasks"),
+        (["GQA"], dict(shots=4), "at least 5"),
+        (["colours"], {}, "'colours' is unknown"),
+    ],
+)
+def test_what_scenes_does_not_have_is_refused(tasks, changes, named, model):
+    with pytest.raises(ValueError, match=named):
+        visual.load(settings("scenes", *tasks, **changes), model)
+
+
+def test_scenes_are_not_shown_to_a_tower_of_another_size(tokenizer):
+    picture = tokenizer.number[visual.IMAGE]
+    other = models.LLaVA(TOWER | {"image_size": 16}, picture, vocab=len(tokenizer), **TEXT)
+    with pytest.raises(ValueError, match="32 pixels.* reads 16"):
+        visual.load(settings("scenes", "GQA"), other)
+
+
 def test_no_word_of_scenes_is_spelled_in_bytes(model, tokenizer):
-    asked = visual.load(settings("scenes", *scenes.FAMILIES, *visual.TEXTS, shots=200), model)
-    for own in asked.train.values():
-        for question in own:
+    for tasks in (scenes.FAMILIES, visual.TEXTS):
+        asked = visual.load(settings("scenes", *tasks, shots=200), model)
+        for question in (q for own in asked.train.values() for q in own):
             tokens = tokenizer.encode(question.prompt + question.output)
             assert min(tokens) > tokenizer.end, question
             assert tokenizer.decode(tokens) == question.prompt + question.output
@@ -164,6 +186,8 @@ def test_popes_f1_is_that_of_yes():
     found = visual.parts("POPE", scores, asked)
     assert abs(found["POPE"] - 4 / 6) < 1e-6 and abs(found["POPE F1"] - 2 / 3) < 1e-6
     assert found["POPE random"] == 0.5 and found["POPE adversarial"] == 0.5  # 0 and 3; 2 and 5
+    silent = visual.parts("POPE", torch.zeros(6, 2), asked)  # nothing is named
+    assert silent["POPE"] == silent["POPE F1"] == 0
     one = visual.parts("POPE", scores[-1:], asked[-1:])  # nothing is yes, and only one is drawn
     assert one == {"POPE": 1.0, "POPE F1": 0.0, "POPE random": 1.0}
 
@@ -229,6 +253,11 @@ def test_llavas_own_json_gives_an_example_per_answer(llavas, model):
         (conversation("What?", "red", image="pictures/a.png"), "0 <image>"),
         (conversation("<image>What?", "red"), "1 <image>"),
         (conversation("<image>What?", "red", image="pictures/c.png"), "c.png"),
+        (conversation("<image>What?", "red", image="c" * 300), "names a picture"),
+        (conversation("<image>What?", "red", image=["pictures/a.png"]), "no file's name"),
+        (conversation("What?", "red <image>", image="pictures/a.png"), "what the human says"),
+        (conversation("What?", "half a letter: \ud800"), "no text"),
+        ({"conversations": ["junk", *conversation("What?", "red")["conversations"]]}, "in turn"),
     ],
 )
 def test_a_record_that_is_not_whole_is_named(record, named, llavas, model):
@@ -238,11 +267,28 @@ def test_a_record_that_is_not_whole_is_named(record, named, llavas, model):
         visual.load(settings(str(llavas), "own"), model)
 
 
+def test_a_picture_belongs_to_what_is_said_from_it_on(llavas, weights, model, tmp_path):
+    record = conversation("Hm?", "red", "<image> This?", "yes", "No?", "no", image="pictures/a.png")
+    for split in ("train", "test"):
+        (llavas / f"{split}.json").write_text(json.dumps([record] * 3))
+    asked = visual.load(settings(str(llavas), "own", shots=None, test_shots=3), model)
+    own = [q for split in asked[:3] for q in split["own"]]
+    assert {(q.output, q.picture) for q in own} == {(" red", None), (" yes", 0), (" no", 0)}
+    assert all((visual.IMAGE in q.prompt) == (q.picture == 0) for q in own)
+    flags = ["--data", llavas, "--weights", weights, "--epochs", 1, "--device", "cpu"]
+    assert command(*flags, "--out", tmp_path / "run") == 0
+
+
 def test_a_file_that_is_no_picture_is_named(llavas, model):
-    (llavas / "pictures" / "b.png").write_text("no picture")
-    asked = visual.load(settings(str(llavas), "own", shots=None), model)
+    args, path = settings(str(llavas), "own", shots=None), llavas / "pictures" / "b.png"
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])  # its header is there
+    asked = visual.load(args, model)
     with pytest.raises(OSError, match="b.png is not a picture"):
         asked.pictures[[0, 1]]
+    path.write_text("no picture")
+    with pytest.raises(OSError, match="b.png is not a picture"):
+        visual.load(args, model)
 
 
 @pytest.fixture
@@ -281,9 +327,32 @@ def test_easy_vqas_broken_files_are_named(easy, model):
     path.write_text('[["what?", "red"]]')
     with pytest.raises(OSError, match="questions.json, example 0"):
         visual.load(args, model)
+    path.write_text('[["half a letter: \\ud800", "red", 0]]')
+    with pytest.raises(OSError, match="questions.json, example 0"):
+        visual.load(args, model)
     path.unlink()
     with pytest.raises(OSError, match="--data-dir"):
         visual.load(args, model)
+
+
+@pytest.mark.parametrize("split, left", [("train", "yes"), ("test", "yes"), ("test", "red")])
+def test_a_task_of_easy_vqa_without_questions_or_with_one_answer_is_named(split, left, easy):
+    path = easy / split / "questions.json"
+    path.write_text(json.dumps([q for q in json.loads(path.read_text()) if q[1] == left]))
+    if left == "red":
+        shutil.copy(path, easy / "train" / "questions.json")
+    with pytest.raises(OSError, match="too few questions of the task 'open'"):
+        visual.load(settings("easy-vqa", "open", data_dir=easy, shots=None, blind=True), None)
+    assert command_of(visual)("easy-vqa", "--data-dir", easy) == 1
+
+
+@pytest.mark.parametrize("below", ["", "data", "easy_vqa/data", "easy-vqa/easy_vqa/data"])
+def test_easy_vqa_is_found_at_or_below_the_folder(below, easy, model, tmp_path):
+    folder = tmp_path / "root" / below
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    easy.rename(folder)
+    args = settings("easy-vqa", "open", data_dir=tmp_path / "root", shots=None)
+    assert len(visual.load(args, model).test["open"]) == 2
 
 
 # ---------------------------------------------------------------------------------- methods, runs
@@ -389,6 +458,19 @@ def test_flags_about_pictures_go_with_pictures(words, capsys):
     assert command(*words) == 2
     assert "pictures" in capsys.readouterr().err
     assert words == ["--blind"] or command("--data", "scenes", "--blind", *words) == 2
+
+
+def test_a_folder_of_easy_vqa_goes_with_easy_vqa(capsys):
+    for script, data in ((train_lm, ["--data", "scenes"]), (visual, ["scenes"])):
+        assert command_of(script)(*data, "--data-dir", "somewhere") == 2
+        assert "--data-dir goes with" in capsys.readouterr().err
+
+
+def test_texts_have_no_option_that_could_be_named(flags, tmp_path, capsys):
+    captions = [*flags, "--tasks", "captions", "--score", "generate", "--out", tmp_path / "run"]
+    assert command(*captions) == 2
+    assert "--score generate is for questions with options" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("tower", [{}, {"depth": "2"}, TOWER | {"depth": 10**9}, [TOWER], 8])
