@@ -92,7 +92,7 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     add("--train-file", help="train on this file in place of every train.json")
     add("--shots", type=loop.positive, help="labelled questions of a task, with validation's")
     add("--test-shots", type=loop.positive, help="score on so many test questions of a task")
-    add("--weights", help="a LLaMA's folder, .gguf or model.pt, smollm2, or none; default: shipped")
+    add("--weights", help="a folder, .gguf or model.pt, smollm2, or none; default: shipped")
     add("--dtype", default="float32", choices=["float32", "bfloat16"], help="of frozen weights")
     add(
         "--score",

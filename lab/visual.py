@@ -357,7 +357,7 @@ def conversation(
     marks, number = [value.count(IMAGE) for value in values], None
     if sum(marks) != ("image" in record) or any(marks[1::2]):
         raise OSError(
-            f"{where} has {sum(marks)} {IMAGE}, and needs one per 'image' in what the human says"
+            f"{where} has {sum(marks)} {IMAGE}, and what the human says needs one per 'image'"
         )
     if "image" in record and not is_text(record["image"]):
         raise OSError(f"{where} has an 'image' that is no file's name")
