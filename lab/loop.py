@@ -691,6 +691,24 @@ def check_flags(p: argparse.ArgumentParser, args: argparse.Namespace, many: bool
         p.error("--warmup-epochs must lie in 0 … --epochs, and --weight-decay be 0 or more")
     if not 0 <= args.gamma_std < float("inf"):
         p.error("--gamma-std must be 0 or more")
+    if not (args.resume or args.evaluate or args.table or getattr(args, "plot", None)):
+        check_readers(p, args)  # runs from before this check go on
+
+
+def check_readers(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """A flag that nothing in the run would read ends the program.
+
+    A comparison's flags reach those of its rows that read them; SAN's variants set theirs.
+    """
+    if args.compare:
+        return
+    ablation = getattr(args, "ablation", False)
+    for name, readers in methods.READERS.items():
+        value = vars(args).get(name, p.get_default(name))
+        if value != p.get_default(name) and (ablation or args.method not in readers):
+            what = "--ablation" if ablation else f"--method {args.method}"
+            word = f"{'no-' if value is False else ''}{name.replace('_', '-')}"
+            p.error(f"--{word} changes nothing in {what}; leave it out")
 
 
 def positive(word: str) -> int:

@@ -18,6 +18,12 @@ LOW_RANK = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
 # SAN's ablation [C]: both uses of γ, feature scaling alone, propagation alone
 MODES = {"both": {}, "feature": {"propagate": False}, "propagation": {"scale": False}}
 UNLINKED = ("linear", "norm", "bias", "vpt", "full")  # methods that know nothing of links
+# the settings that not every method reads, and which methods do
+SANS, UPDATES = ("san", "san2", "san+lora", "san+dora"), ("lora", "dora", "san+lora", "san+dora")
+READERS = dict.fromkeys(("mode", "wiring"), SANS)
+READERS |= dict.fromkeys(("shift", "gamma_std"), (*SANS, "hyperadapt"))
+READERS |= {"norms": (*SANS, "hyperadapt", "ssf"), "prompts": ("vpt",)}
+READERS |= dict.fromkeys(("rank", "alpha"), UPDATES)
 SECOND = ("fc2", "pwconv2", "down_proj")  # an MLP's last layer, which IA³ scales at its input
 
 
@@ -191,7 +197,7 @@ def adapt(model: nn.Module, method: str, args: argparse.Namespace) -> None:
         links = model.links(tower=args.tower, projector=False)
     else:
         links = [] if method in UNLINKED else links_of(model, args.wiring)
-    like_san = method.startswith("san") or method in ("ssf", "hyperadapt")
+    like_san = method in READERS["norms"]
     frozen = ("tower.",) if sees and not args.tower else ()
     frozen += ("projector.",) if sees and args.blind else ()
     trained = [] if is_llama else ["head"]
@@ -219,7 +225,7 @@ def adapt(model: nn.Module, method: str, args: argparse.Namespace) -> None:
             raise ValueError(f"vpt prompts a ViT's tokens, and this is a {type(model).__name__}")
         for i, block in enumerate(model.blocks):
             model.blocks[i] = PromptedBlock(block, args.prompts, model.patch_embed, i == 0)
-    if method.endswith(("lora", "dora")):
+    if method in UPDATES:
         layer_type = DoRALayer if method.endswith("dora") else LoRALayer
         for name in (link.layer for link in links):
             if not is_llama or name.endswith(LOW_RANK) or name.startswith("tower."):
@@ -234,7 +240,7 @@ def add_scales(
     args: argparse.Namespace,
 ) -> None:
     """What ssf, hyperadapt and SAN's kinds scale and shift; `trained` is trained besides."""
-    mode = MODES[args.mode if method.startswith("san") else "feature"]
+    mode = MODES[args.mode if method in SANS else "feature"]
     shift = args.shift or method == "ssf"
     san.attach(model, links, **mode, shift=shift, trainable=trained)
     layers = [(n, m) for n, m in model.named_modules() if isinstance(m, san.SANLayer)]

@@ -123,7 +123,8 @@ def test_what_is_given_makes_a_run_another_and_its_folder_too():
     assert out("--weights", "a/b.pt") == f"{plain}-weights=a_b.pt"
     assert out("--weights", "a/" + 200 * "b") != out("--weights", "a/" + 201 * "b")
     assert len(out("--weights", "a/" + 200 * "b")) < 200
-    every = [[], ["--mode", "feature"], ["--rank", "4"], ["--seed", "1"], ["--pretrain"]]
+    every = [[], ["--mode", "feature"], ["--gamma-std", "1"], ["--seed", "1"]]
+    every += [["--method", "lora"], ["--method", "lora", "--rank", "4"], ["--pretrain"]]
     every += [["--method", "full"], ["--method", "full", "--weights", "none"], ["--shots", "50"]]
     assert len({out(*words) for words in every}) == len(every)
     every = [[], ["--tasks", "piqa"], ["--tasks", "piqa", "boolq"], ["--dtype", "bfloat16"]]

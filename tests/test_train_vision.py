@@ -349,6 +349,42 @@ def test_a_set_of_several_factors_has_no_single_right():
     assert scores == {"test": 1.0, "factors": [1.0, 1.0]}
 
 
+def test_flags_that_some_methods_read_are_taken_for_those_for_comparisons_and_for_older_runs(
+    tmp_path,
+):
+    words = {"norms": ["--no-norms"], "shift": ["--no-shift"], "gamma_std": ["--gamma-std", "1"]}
+    words |= {"mode": ["--mode", "feature"], "wiring": ["--wiring", "authors"]}
+    words |= {name: [f"--{name}", "4"] for name in ("rank", "alpha", "prompts")}
+    assert words.keys() == methods.READERS.keys()
+    for name, flag in words.items():
+        for method in {*train_vision.METHODS} & {*methods.READERS[name]}:
+            assert train_vision.arguments([*flag, "--method", method]).out
+        for other in (["--compare"], ["--evaluate", "run"], ["--resume"], ["--table", "run"]):
+            train_vision.arguments([*flag, "--method", "linear", *other])
+
+
+@pytest.mark.parametrize("method", train_vision.METHODS)
+def test_a_setting_that_the_table_says_a_method_does_not_read_changes_nothing_in_it(method):
+    def adapted(**changes) -> dict[str, torch.Tensor]:
+        torch.manual_seed(0)
+        model = models.build("vit_micro", 2)
+        methods.adapt(model, method, loop.changed(plain, **changes))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(torch.rand(parameter.shape) / 10)
+            outputs = model.eval()(torch.randn(2, 3, 32, 32))
+        return methods.trained_state(model) | {"outputs": outputs}
+
+    plain = train_vision.arguments([])
+    other = {"mode": "feature", "wiring": "authors", "norms": False, "shift": False}
+    other |= {"gamma_std": 0.1, "rank": 4, "alpha": 4.0, "prompts": 4}
+    for name, value in other.items():
+        one, two = adapted(), adapted(**{name: value})
+        same = one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
+        assert same == (method not in methods.READERS[name]), name
+
+
 def test_the_ablation_compares_the_variants_that_a_model_can_have(flags, tmp_path, monkeypatch):
     monkeypatch.setattr(tables, "WIDEN", 0)
     assert command(*flags, "--epochs", 1, "--ablation", "--seeds", 1, "--out", tmp_path) == 0
@@ -538,8 +574,15 @@ def test_weights_that_cannot_be_used_are_refused(kind, code, words, flags, tmp_p
         (["--resume"], 2, "no checkpoint"),
         (["--task", "all"], 2, "--compare"),
         (["--image-size", "30"], 2, "sprites are 32 px"),
-        (["--evaluate", "nowhere"], 1, "no finished run"),
+        (["--evaluate", "nowhere"], 1, "nowhere is no finished run that can be scored: it has no"),
         (["--model", "convnext_micro", "--wiring", "authors"], 2, "ViT alone"),
+        (["--method", "ssf", "--no-shift"], 2, "--no-shift changes nothing in --method ssf; leave"),
+        (["--method", "lora", "--wiring", "authors"], 2, "--wiring changes nothing in --method"),
+        (["--method", "linear", "--prompts", "3"], 2, "--prompts changes nothing in --method lin"),
+        (["--method", "full", "--no-norms"], 2, "--no-norms changes nothing in --method full"),
+        (["--pretrain", "--gamma-std", "1"], 2, "--gamma-std changes nothing in --method full"),
+        (["--protocol", "vtab1k", "--rank", "4"], 2, "--rank changes nothing in --method san"),
+        (["--ablation", "--mode", "feature"], 2, "--mode changes nothing in --ablation; leave it"),
         (["--weights", "imagenet1k"], 2, "no imagenet1k weights for vit_micro"),
         (["--weights", "imagenet21k"], 2, "21k weights for vit_micro; take one of vit_b16"),
     ],

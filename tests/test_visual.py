@@ -379,7 +379,7 @@ def test_the_projector_is_trained_and_the_tower_is_frozen_unless_asked_for(metho
 @pytest.mark.parametrize("method", train_lm.METHODS)
 def test_texts_alone_train_what_a_text_goes_through(method, data, model):
     """All that is trained has a gradient, else a checkpoint has no state of it to go on from."""
-    args = train_lm.arguments(["--data", *data, "--method", method, "--rank", "2"])
+    args = loop.changed(train_lm.arguments(["--data", *data, "--method", method]), rank=2)
     own = train_lm.adapt(copy.deepcopy(model), args)
     tokens = torch.tensor([[3, 1, 4, 1, 5]])
     visual.loss(own, (tokens, tokens), CPU).backward()
