@@ -62,8 +62,9 @@ LEARNING_RATES = {
 # the flags of a row that is more than a method's name; rank and α of the papers' language results
 ROWS = {"lora, r=32": {"method": "lora", "rank": 32, "alpha": 64.0}}
 METHODS = [row for row in LEARNING_RATES if row not in ROWS]
-# [us] a single run's; where microworld's validation has chosen, it chose the largest of these
+# [us] a single run's, for our own models; where microworld's validation chose, it chose the largest
 DEFAULT_RATES = {method: max(LEARNING_RATES[method]) for method in METHODS}
+FOR_OTHERS = 0.1  # [us] times these, for others' models, as SmolLM2's validation chose in 5 of 5
 HELD = ("state_dict", "numbers", "tokenizer")  # by the file of a saved model
 DOCUMENTS = 60_000  # of microworld's corpus: one epoch of pre-training
 WINDOW = 128  # tokens of the corpus read at once
@@ -422,11 +423,18 @@ def train(
     return loop.train_and_measure(model, args, note, lambda: fit(model, job, args, out, note, log))
 
 
+def default_rate(method: str, tokenizer: Tokenizer | LlamaTokenizer) -> float:
+    """A single run's learning rate without --lr; the tokenizer tells whether the model is ours."""
+    if method == "projector":
+        return visual.PROJECTOR_RATE
+    return DEFAULT_RATES[method] * (1 if isinstance(tokenizer, Tokenizer) else FOR_OTHERS)
+
+
 def run(args: argparse.Namespace) -> None:
     """One method on all tasks together: load, attach, train, score, merge, save."""
-    args.lr = args.lr or DEFAULT_RATES.get(args.method, visual.PROJECTOR_RATE)
     task, name = names_of(args)
     model, tokenizer = load_model(args)
+    args.lr = args.lr or default_rate(args.method, tokenizer)
     job, asked = load_job(args, model, tokenizer)
     if args.shard:  # no GPU ever has it whole; before it is trained, it computes as the base
         ranks.shard(adapt(model, args), args.device)

@@ -453,6 +453,9 @@ def test_the_rows_of_a_comparison_have_grids_of_equal_length_in_half_decades():
         assert upwards[:-1] == [*grid[2:]], row
         assert train_lm.settings_of(row, train_lm.arguments([])).method in train_lm.METHODS
     assert train_lm.DEFAULT_RATES.keys() == {*train_lm.METHODS}
+    assert train_lm.default_rate("san", questions.Tokenizer([])) == 0.03
+    own = [*train_lm.METHODS, "projector"]
+    assert all(train_lm.default_rate(method, questions.Tokenizer([])) > 0 for method in own)
 
 
 def test_commands_with_some_methods_each_write_to_one_file_and_any_makes_its_tables(
@@ -655,7 +658,7 @@ def test_a_gguf_file_is_adapted_and_scored_again(flags, tmp_path, capsys):
     assert command(*flags, *words) == 0
     result = metrics(tmp_path / "run")[-1]
     assert result["model"] == "Tiny-1B.Q8_0" and result["test"] == result["test_merged"]
-    capsys.readouterr()
+    assert "at lr 0.003\n" in capsys.readouterr().out  # a tenth of what our own models are given
     assert command("--evaluate", tmp_path / "run", "--device", "cpu") == 0
     assert f"{100 * result['test']:.2f} %" in capsys.readouterr().out
 
