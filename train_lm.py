@@ -72,9 +72,7 @@ WINDOW = 128  # tokens of the corpus read at once
 
 def arguments(words: list[str] | None = None) -> argparse.Namespace:
     """The flags, with what they leave open filled in."""
-    p = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=loop.Help)
     add = p.add_argument
     add(
         "--data",
@@ -91,7 +89,7 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
         "sets, or captions and descriptions for pre-training; by default all tasks of the data",
     )
     add("--train-file", help="train on this file in place of every train.json")
-    add("--shots", type=loop.positive, help="labelled questions of a task, with validation's")
+    add("--shots", type=loop.positive, help="labelled questions of each task; a fifth validates")
     add("--test-shots", type=loop.positive, help="score on so many test questions of a task")
     add("--weights", help="a folder, .gguf or model.pt, smollm2, or none; default: shipped")
     add("--dtype", default="float32", choices=["float32", "bfloat16"], help="of frozen weights")

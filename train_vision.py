@@ -56,9 +56,7 @@ FOR_VIT = ("vpt", "SAN, authors' wiring")
 
 def arguments(words: list[str] | None = None) -> argparse.Namespace:
     """The flags, with what they leave open filled in from data set and method."""
-    p = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=loop.Help)
     add = p.add_argument
     names = ", ".join(["sprites", *pictures.TORCHVISION, *pictures.SUITES])
     add("--dataset", default="sprites", help=f"{names}, or a folder with train/, test/")
@@ -70,7 +68,7 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     tasks = ["source", *sprites.TASKS, "all"]
     add("--task", default="shape", choices=tasks, help="of sprites; 'all' for tables")
     add("--data-dir", default="data", help="of torchvision's sets, and folders of other tasks")
-    add("--shots", type=loop.positive, help="labelled pictures in all, a fifth for validation")
+    add("--shots", type=loop.positive, help="labelled pictures, of all classes; a fifth validates")
     add("--model", nargs="+", choices=list(models.SIZES), help="several with --compare")
     add("--weights", help="imagenet1k, imagenet21k, none or a file; by default the model's own")
     add("--shift", default=True, action=argparse.BooleanOptionalAction, help="train β in SAN")

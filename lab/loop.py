@@ -627,6 +627,14 @@ def write_json_lines(records: list[dict], path: Path) -> None:
 # -------------------------------------------------------------------------------------------- flags
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Tells a default where there is one: None is said in words, False is a flag left out."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        untold = action.default is None or action.default is False
+        return action.help if untold else super()._get_help_string(action)
+
+
 def add_flags(
     p: argparse.ArgumentParser,
     names: Iterable[str],
@@ -639,12 +647,12 @@ def add_flags(
     epochs: how many, in words, since the script fills them in.
     """
     add, yes_no = p.add_argument, argparse.BooleanOptionalAction
-    add("--method", default="san", choices=names)
-    add("--mode", default="both", choices=list(methods.MODES), help="SAN's ablation")
+    add("--method", default="san", choices=names, help="adapt in lab/methods.py says what each is")
+    add("--mode", default="both", choices=list(methods.MODES), help="the uses of γ: SAN's ablation")
     add("--norms", default=True, action=yes_no, help="train the norms with SAN and its kin")
     add("--gamma-std", type=float, default=0.0, help="SAN's γ start at 1 ± this")
     add("--rank", type=positive, default=8, help="of LoRA and DoRA")
-    add("--alpha", type=float, help="theirs; their update is scaled by α / rank; default: the rank")
+    add("--alpha", type=float, help="of LoRA and DoRA: the update times α / rank; default: rank")
     add("--epochs", type=positive, help=f"passes over what is trained on; {epochs}")
     add("--batch-size", type=positive, default=batch, help="examples per step")
     add("--accumulate", type=positive, default=1, help="parts in which a batch is read")
@@ -660,7 +668,8 @@ def add_flags(
     add("--resume", action="store_true", help="go on from the last checkpoint in --out")
     add("--evaluate", metavar="RUN", help="score a saved run again, train nothing")
     add("--compare", action="store_true", help="all methods, learning rates searched; one table")
-    add("--methods", nargs="+", choices=rows, metavar="ROW", help="rows; a wrong name lists them")
+    only = f"of a comparison's rows these alone: {'; '.join(rows)}"
+    add("--methods", nargs="+", choices=rows, metavar="ROW", help=only)
     add("--table", nargs="+", metavar="RUN", help="comparisons' results.jsonl as Markdown tables")
     add("--seeds", type=count, default=3, help="how many, where tables are made; 0: try rates only")
 

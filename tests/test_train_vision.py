@@ -499,6 +499,18 @@ def test_tables_of_files_that_are_missing_or_empty_are_refused(tmp_path, capsys)
     path.write_text("")
     assert command("--table", path) == 2
     assert "no run to tabulate" in capsys.readouterr().err
+    assert command("--table", ROOT / "README.md") == 2
+    assert "README.md is no results.jsonl; give a comparison's folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("script", [train_vision, train_lm])
+def test_help_tells_of_every_flag_and_of_no_default_none(script, capsys):
+    with pytest.raises(SystemExit):
+        script.arguments(["--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "default: None" not in said and "default: False" not in said
+    assert "0 … 9999 (default: 0)" in said and "says what each is (default: san)" in said
+    assert all(f" {row};" in said or f" {row} --table" in said for row in script.LEARNING_RATES)
 
 
 # ------------------------------------------------------------------------------------- bad input
