@@ -556,6 +556,8 @@ def reopen(
     """
     folder = Path(args.evaluate)
     try:
+        if not (folder / "config.json").exists():
+            raise FileNotFoundError("it has no config.json")
         config = LATER | saved.config(folder)
         if lacking := settings(args).keys() - config.keys():
             raise OSError(f"config.json lacks {', '.join(sorted(lacking))}")

@@ -235,14 +235,17 @@ def save_tables(lines: list[dict], out: Path) -> None:
 
 
 def print_tables(args: argparse.Namespace) -> None:
-    """Print the tables of args.table, comparisons' folders or files, together. Raises OSError.
+    """Print the tables of args.table, comparisons' folders or files, together.
 
+    Raises OSError for a file that is missing or broken, ValueError for one of another kind.
     With args.seeds 0 it is the table of validation, even where runs were scored.
     """
     paths = [Path(run) / "results.jsonl" if Path(run).is_dir() else Path(run) for run in args.table]
     for path in paths:
         if not path.is_file():
             raise FileNotFoundError(f"there is no file {path}; give a comparison's folder")
+        if path.suffix != ".jsonl":
+            raise ValueError(f"{path} is no results.jsonl; give a comparison's folder")
     lines = [line for path in paths for line in read_results(path)]
     print(tables([line for line in lines if args.seeds or line["part"] == "search"]))
 

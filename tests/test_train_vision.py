@@ -15,6 +15,7 @@ from tiny import published_vit, randomise
 
 import models
 import san
+import train_lm
 import train_vision
 from lab import batches, checkpoints, loop, methods, paired, tables, variants
 from lab import pictures as sets
