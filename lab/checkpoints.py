@@ -564,7 +564,7 @@ def load_backbone(model: nn.Module, state: dict[str, Tensor], head: bool = False
     """Copy a state dict in our names into `model`; its head only if asked, else it stays as it was.
 
     Positions of another image size are interpolated. Raises ValueError, and changes nothing,
-    if other keys or shapes differ, naming the first of them.
+    if other keys or shapes differ, naming the first of them, or the number of classes alone.
     """
     own = model.state_dict()
     state = dict(state)
@@ -577,16 +577,22 @@ def load_backbone(model: nn.Module, state: dict[str, Tensor], head: bool = False
         state = {key: value for key, value in state.items() if not key.startswith("head.")}
         state |= {key: value for key, value in own.items() if key.startswith("head.")}
     wrong = [
-        f"{key} ({describe(state.get(key))} in the file, {describe(own.get(key))} in the model)"
+        key
         for key in [*own, *(key for key in state if key not in own)]
         if key not in state
         or key not in own
         or state[key].shape != own[key].shape
         or not (san.is_dense(state[key]) and state[key].is_floating_point())
     ]
+    said = [
+        f"{key} ({describe(state.get(key))} in the file, {describe(own.get(key))} in the model)"
+        for key in wrong[:3]
+    ]
+    if {*wrong} == {"head.weight", "head.bias"} <= state.keys():
+        raise ValueError(f"nothing but the number of classes differs: {said[0]}")
     if wrong:
         raise ValueError(
-            f"these weights are of another architecture: {'; '.join(wrong[:3])}"
+            f"these weights are of another architecture: {'; '.join(said)}"
             f"{f' and {len(wrong) - 3} more' if len(wrong) > 3 else ''}"
         )
     model.load_state_dict(state)

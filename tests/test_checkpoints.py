@@ -386,6 +386,17 @@ def test_a_model_of_timm_that_is_built_otherwise_is_refused_by_key(ours, changes
         checkpoints.load_backbone(copy.deepcopy(ours), state)
 
 
+def test_weights_that_differ_in_nothing_but_their_classes_are_said_to():
+    state, other = tiny_vit(48).state_dict(), tiny_vit(20)
+    words = r"^nothing but the number of classes differs: head.weight \(48×8 in the file, 20×8 in"
+    with pytest.raises(ValueError, match=words):
+        checkpoints.load_backbone(other, state, head=True)
+    checkpoints.load_backbone(other, state)  # the head stays as it was
+    del state["head.weight"], state["head.bias"]
+    with pytest.raises(ValueError, match="another architecture: head.weight .missing in the file"):
+        checkpoints.load_backbone(other, state, head=True)
+
+
 def test_a_second_swin_is_refused_by_key(tmp_path):
     timm = pytest.importorskip("timm", reason="it builds a SwinV2; pip install timm")
     second = timm.models.swin_transformer_v2.SwinTransformerV2(
