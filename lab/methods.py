@@ -179,12 +179,12 @@ def adapt(model: nn.Module, method: str, args: argparse.Namespace) -> None:
                 rank is args.rank, and α args.alpha or, where that is None, the rank [us]
     ia3         scales of the outputs, bias included, of every linked nn.Linear, but of the inputs
                 of an MLP's SECOND layer (Liu et al. 2022, as PEFT has it)
-    ssf         γ and β on the linked layers, γ acting once [S]
-    san         γ acting twice, or as args.mode says, and with args.shift β
+    ssf         γ and β on the linked layers, without propagation [S]
+    san         γ with feature scaling and propagation, or as args.mode says; with args.shift β
     san2        SAN with W diag(γ' ⊙ a) where it has W diag(γ'); a is trained [C, early commits]
-    hyperadapt  SAN untied: W diag(a) with an own a on every linked layer, also where SAN propagates
-                nothing. HyperAdapt (arXiv 2509.18629) scales matrices alone, and no bias; all but a
-                is as with san here, so that the difference is the sharing of γ [us]
+    hyperadapt  SAN without sharing: W diag(a), a trained, on every linked layer, also where SAN
+                propagates nothing. HyperAdapt (arXiv 2509.18629) scales matrices alone, and no
+                bias; all but a is as with san here, so that the difference is the sharing of γ [us]
     san+lora, san+dora  that update inside SAN's two diagonals [P], which act on the updated weight
                 [us]
 
@@ -252,7 +252,7 @@ def add_scales(
 
 
 def add_ia3(model: nn.Module, links: list[san.Link], trained: list[str]) -> None:
-    """IA³'s scales, those of outputs as a γ that acts once; `trained` is trained besides."""
+    """IA³'s scales, those of outputs as a γ not propagated; `trained` is trained besides."""
     linear = [n for n, *_ in links if isinstance(model.get_submodule(n), nn.Linear)]
     second = [name for name in linear if name.endswith(SECOND)]
     outputs = [san.Link(name) for name in linear if name not in second]
