@@ -95,6 +95,14 @@ def test_every_command_of_a_page_is_one_that_the_script_takes(page, script):
         SCRIPTS[script].arguments(words)  # a wrong flag or choice raises SystemExit
 
 
+@pytest.mark.parametrize("page", NARROW, ids=lambda page: page.name)
+def test_a_run_that_a_page_reads_again_is_one_that_its_commands_make(page):
+    text = page.read_text(encoding="utf-8")
+    given = [s.arguments(words) for name, s in SCRIPTS.items() for words in commands(text, name)]
+    read = {run for args in given for run in [args.evaluate, *(getattr(args, "plot", 0) or ())]}
+    assert read - {None, "runs/…"} <= {args.out for args in given}
+
+
 def test_cifar100_has_the_defaults_that_the_readme_names():
     said = section("CIFAR-100 on one GPU, a real LLaMA")
     words, small = commands(said, "train_vision.py")
