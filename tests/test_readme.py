@@ -5,6 +5,7 @@ import copy
 import io
 import re
 import shlex
+import textwrap
 from pathlib import Path
 from string import Template
 
@@ -192,6 +193,16 @@ def test_the_second_example_links_a_vit_of_timm_and_merges():
     san.merge(model)
     torch.testing.assert_close(model(x), adapted, atol=1e-4, rtol=1e-4)
     assert (adapted - base).abs().max() > 0.1
+
+
+def test_the_docs_example_builds_a_saved_model():
+    page = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert "runs/…/merged.pt" in example
+    example, names = example.replace("runs/…/merged.pt", f"{ROOT}/weights/vit_micro.pt"), {}
+    exec(textwrap.dedent(example), names)
+    state, saved = names["model"].state_dict(), names["run"]["state_dict"]
+    assert all(torch.equal(state[key], saved[key].float()) for key in saved)
 
 
 # ---------------------------------------------------------------------------------------- claims
