@@ -313,7 +313,10 @@ def tables(lines: list[dict]) -> str:
 
 
 def overview(lines: list[dict], mean: bool = True) -> str:
-    """The table of methods and tasks, and, if asked for, of the means over tasks."""
+    """The table of methods and tasks, and, if asked for, of the means over tasks.
+
+    trained: the share of the parameters, a mean over the row's tasks.
+    """
     runs, rows = paired.runs_of(lines, "test", "seed"), []
     labels = paired.labels_of(runs)
     group_of = {line["task"]: line.get("group") for line in lines if line["part"] == "test"}
@@ -323,7 +326,7 @@ def overview(lines: list[dict], mean: bool = True) -> str:
     for key, own in runs.items():
         seeds = {task: list(by_seed.values()) for task, by_seed in own.items()}
         accuracies = {task: [run["test"] for run in of] for task, of in seeds.items()}
-        percent = next(iter(seeds.values()))[0]["percent"]
+        percent = statistics.mean(of[0]["percent"] for of in seeds.values())  # heads differ by task
         row = {"model": key[0], "method": labels[key], "trained": f"{percent:.2f} %"}
         row |= {t: spread(accuracies[t]) if t in accuracies else "" for t in group_of}
         for name, of in means.items():

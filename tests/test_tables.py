@@ -169,6 +169,7 @@ def test_tables_have_means_by_group_where_no_task_is_missing():
         FIGURES
         | {"task": task, "group": group, "model": "m", "method": method, "part": "test", "lr": 1e-3}
         | {"seed": seed, "test": test, "merge_same": 1.0, "merge_difference": 0.0, "options": {}}
+        | {"percent": 5.0 if task == "c" else 2.0}
         for method, task, group, seed, test in [
             ("san", "a", "natural", 0, 0.2),
             ("san", "a", "natural", 1, 0.4),
@@ -180,9 +181,9 @@ def test_tables_have_means_by_group_where_no_task_is_missing():
     short = tables.tables(lines).split("\n\n")[0].splitlines()
     assert short[0] == "| model | method | trained | a | b | c | natural | structured | mean |"
     assert short[2] == (
-        "| m | san | 2.00 % | 30.0 ± 14.1 | 50.0 ± 0.0 | 90.0 ± 0.0 | 40.0 | 90.0 | 56.7 |"
+        "| m | san | 3.00 % | 30.0 ± 14.1 | 50.0 ± 0.0 | 90.0 ± 0.0 | 40.0 | 90.0 | 56.7 |"
     )
-    assert short[3] == "| m | lora | 2.00 % |  |  | 80.0 ± 0.0 |  | 80.0 |  |"
+    assert short[3] == "| m | lora | 5.00 % |  |  | 80.0 ± 0.0 |  | 80.0 |  |"
     lines = [line | {"options": {"epochs": 9 - line["seed"], "lr": None}} for line in lines]
     rows = tables.tables(lines).split("\n\n")[0].splitlines()[2:]
     assert [row.split(" | ")[1] for row in rows] == [
