@@ -210,7 +210,7 @@ def test_the_docs_example_builds_a_saved_model():
 
 def test_the_five_links_of_the_table_are_those_of_the_first_block():
     links = models.build("vit_micro", 2).links()
-    title = "The links of a ViT's first block, of others, and what the second use adds"
+    title = "The links of a ViT's first block, of others, and what propagation adds"
     table = [
         [cell.strip("`").partition("`")[0] for cell in r.values()] for r in rows(section(title))
     ]
@@ -349,11 +349,11 @@ def test_the_tables_of_a_page_are_those_of_its_lines(name):
 
 def test_what_is_said_below_the_table_follows_from_the_results_files():
     said = " ".join(section("Results").split())
-    sprites, language = results("sprites", "mean"), results("microworld", "mean")
-    everything = sprites | language | results("real", "mean") | results("smollm2", "mean")
-    everything |= results("scenes", "mean")
+    everything = {}
+    for page in ("real", "smollm2", "scenes", "microworld"):
+        everything |= {(page, *key): row for key, row in results(page, "mean").items()}
     for words, method in (("SAN trains {} to {} % of", "san"), ("LoRA {} to {} %", "lora")):
-        trained = [first(r["trained"]) for k, r in everything.items() if k[1] == method]
+        trained = [first(r["trained"]) for k, r in everything.items() if k[2] == method]
         assert words.format(round(min(trained), 1), round(max(trained), 1)) in said
     names = {"SSF": "ssf", "full": "full", "HyperAdapt (γ' not shared)": "hyperadapt"}
     names |= {"LoRA": "lora"}
@@ -363,8 +363,9 @@ def test_what_is_said_below_the_table_follows_from_the_results_files():
     verdicts = {row["verdict"] for row in results("smollm2", "verdict").values()}
     assert verdicts == {"level", ""} and "(results/smollm2.md) all are level" in said
     seen = {method: row["verdict"] for (_, method), row in results("scenes", "verdict").items()}
-    assert {"full", "lora", "hyperadapt"} == {m for m in seen if seen[m] == "ahead"}
-    assert seen["ssf"] == "level" and "full, LoRA and HyperAdapt are ahead" in said
+    ahead = {method for method, verdict in seen.items() if verdict == "ahead"}
+    assert ahead == {"full", "lora", "dora", "hyperadapt", "san+lora"}
+    assert "full, LoRA, DoRA and HyperAdapt are ahead" in said
 
 
 def test_the_docs_count_the_tasks_that_torchvision_has():

@@ -848,7 +848,7 @@ san.attach(model, [san.Link("0")]); san.merge(model); print(type(model[0]).__nam
     assert (ran.returncode, ran.stdout) == (0, "Linear\n"), ran.stderr
 
 
-# ------------------------------------------------- what the second use of γ adds, as README says
+# ------------------------------------------------------ what propagation adds, as README says
 
 
 def test_through_gelu_san_reaches_what_feature_scaling_cannot_and_through_relu_it_is_a_square():
