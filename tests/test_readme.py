@@ -323,19 +323,19 @@ def first(cell: str) -> float:
 
 def test_the_table_of_results_is_that_of_the_results_files():
     table = rows(section("Results"))
-    assert len(table) == 4
+    assert len(table) == 5
     for row in table:
         data, model = row.pop("data, model").split(", ")
         row = {method: cell for method, cell in row.items() if cell}  # those that were run
         for method, cell in row.items():
-            page = "smollm2" if data == "commonsense" else data
+            page = "smollm2" if data == "commonsense" else data.replace("-", "_")
             value = results(page, "mean")[model, method.lower()]["mean"]
             assert cell.strip("*") == value.split(" ± ")[0]
         best = max(row, key=lambda method: first(row[method]))
         assert [method for method in row if "*" in row[method]] == [best]
 
 
-@pytest.mark.parametrize("name", ["real", "smollm2", "scenes"])
+@pytest.mark.parametrize("name", ["real", "smollm2", "scenes", "easy_vqa"])
 def test_the_tables_of_a_page_are_those_of_its_lines(name):
     page = (ROOT / "results" / f"{name}.md").read_text(encoding="utf-8")
     lines = tables.read_results(ROOT / "results" / name / "results.jsonl")
@@ -350,7 +350,7 @@ def test_the_tables_of_a_page_are_those_of_its_lines(name):
 def test_what_is_said_below_the_table_follows_from_the_results_files():
     said = " ".join(section("Results").split())
     everything = {}
-    for page in ("real", "smollm2", "scenes", "microworld"):
+    for page in ("real", "smollm2", "scenes", "easy_vqa", "microworld"):
         everything |= {(page, *key): row for key, row in results(page, "mean").items()}
     for words, method in (("SAN trains {} to {} % of", "san"), ("LoRA {} to {} %", "lora")):
         trained = [first(r["trained"]) for k, r in everything.items() if k[2] == method]
@@ -362,10 +362,17 @@ def test_what_is_said_below_the_table_follows_from_the_results_files():
         assert f"{name} {compared['convnext_mini', method]['difference to SAN']}" in said
     verdicts = {row["verdict"] for row in results("smollm2", "verdict").values()}
     assert verdicts == {"level", ""} and "(results/smollm2.md) all are level" in said
-    seen = {method: row["verdict"] for (_, method), row in results("scenes", "verdict").items()}
-    ahead = {method for method, verdict in seen.items() if verdict == "ahead"}
-    assert ahead == {"full", "lora", "dora", "hyperadapt", "san+lora"}
-    assert "full, LoRA, DoRA and HyperAdapt are ahead" in said
+    for page, names, words in (
+        (
+            "scenes",
+            {"full", "lora", "dora", "hyperadapt", "san+lora"},
+            "full, LoRA, DoRA and Hyper",
+        ),
+        ("easy_vqa", {"full", "dora"}, "(results/easy_vqa.md) full and DoRA."),
+    ):
+        seen = {method: row["verdict"] for (_, method), row in results(page, "verdict").items()}
+        assert {method for method, verdict in seen.items() if verdict == "ahead"} == names
+        assert words in said
 
 
 def test_the_docs_count_the_tasks_that_torchvision_has():
