@@ -4,7 +4,7 @@ ViT, ConvNeXt and Swin read pictures, LLaMA reads text, LLaVA reads pictures wit
 
 In each, `features` gives one vector per image or per token, `head` makes logits of it, and `links`
 says which layer is anterior to which. γ acts twice: on the anterior's output z, and on the columns
-of the posterior. Whether the second use brings new functions within reach, and not only another
+of the posterior. Whether this propagation brings new functions within reach, and not only another
 course of training, depends on f, what lies between the two layers:
 
 exact   f(γ ⊙ z) = γ ⊙ f(z), and nothing but the posterior reads z. No new functions: z is scaled
@@ -883,6 +883,7 @@ LLAVA_MICRO = dict(
 # name: class, image size it is made for, and its config, the class's other arguments
 SIZES = {
     "vit_micro": (ViT, 32, dict(patch=4, dim=96, depth=4, heads=3)),
+    "vit_mini": (ViT, 32, dict(patch=4, dim=128, depth=6, heads=4)),
     "vit_tiny": (ViT, 224, dict(patch=16, dim=192, depth=12, heads=3)),
     "vit_s16": (ViT, 224, dict(patch=16, dim=384, depth=12, heads=6)),
     "vit_b16": (ViT, 224, dict(patch=16, dim=768, depth=12, heads=12)),

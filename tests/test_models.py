@@ -152,6 +152,7 @@ def test_a_mistake_in_the_model_shows_in_the_logits(theirs, ours, mistake):
     "name, parameters",
     [
         ("vit_micro", 459_174),
+        ("vit_mini", 1_205_382),
         ("vit_tiny", 5_717_416),
         ("vit_s16", 22_050_664),
         ("vit_b16", 86_567_656),
@@ -181,9 +182,9 @@ def test_the_published_vits_have_heads_of_64_channels(name):
     assert {model.head.in_features // block.attn.heads for block in model.blocks} == {64}
 
 
-def test_the_sizes_are_the_thirteen_that_the_parameter_counts_cover():
+def test_the_sizes_are_the_fourteen_that_the_parameter_counts_cover():
     assert set(SIZES) == {
-        *("vit_micro", "vit_tiny", "vit_s16", "vit_b16", "vit_l16"),
+        *("vit_micro", "vit_mini", "vit_tiny", "vit_s16", "vit_b16", "vit_l16"),
         *("convnext_micro", "convnext_mini", "convnext_tiny", "convnext_base"),
         *("swin_micro", "swin_mini", "swin_tiny", "swin_base"),
     }
