@@ -686,9 +686,12 @@ def _same(there: Tensor, here: Tensor) -> bool:
 def _changed(model: nn.Module, key: str, tensor: Tensor) -> bool:
     """Whether a frozen tensor was given other values after attach, as far as its sample tells."""
     layer, _, name = key.rpartition(".layer.")  # of what a SAN layer holds
-    samples, here = model._san.samples, _sample(tensor)
+    samples = model._san.samples
     there = samples.get(key, samples.get(f"{layer}.{name}"))
-    return there is not None and (len(there) != len(here) > 0 or not _same(there, here))
+    if there is None:
+        return False
+    here = _sample(tensor)
+    return len(there) != len(here) > 0 or not _same(there, here)
 
 
 class _Rounded(nn.Module):
@@ -1063,22 +1066,25 @@ def _different(model: nn.Module) -> dict[str, Tensor]:
     """Name → tensor of all that may differ from the base model's."""
     attached, found = model._san, {}
     inside = tuple(f"{link.layer}.layer." for link in attached.links)
-    new = _replaced(model)
+    new, own = _replaced(model), {*attached.trainable, *_gammas_and_betas(model)}
     for key, tensor in _tensors(model, saved=True).items():
-        other = _changed(model, key, tensor)
         if key.startswith(inside):
-            if tensor.requires_grad or other:
-                what = "has other values than at attach" if other else "requires a gradient"
+            changed = _changed(model, key, tensor)
+            if tensor.requires_grad or changed:
+                what = "has other values than at attach" if changed else "requires a gradient"
                 raise ValueError(
                     f"'{key}' {what}, but the layer that SAN adapts is frozen; what is trained "
                     "inside it cannot be kept in an adapter"
                 )
             continue
-        base = attached.values.get(key)
-        named = key in attached.trainable or key in _gammas_and_betas(model)
-        if not isinstance(tensor, nn.Parameter):
-            other = base is None or not torch.equal(tensor, base.to(tensor))
-        if named or other or tensor.requires_grad or key.startswith(new):
+        if key in own or tensor.requires_grad or key.startswith(new):
+            changed = True
+        elif isinstance(tensor, nn.Parameter):
+            changed = _changed(model, key, tensor)
+        else:  # a buffer, kept whole
+            base = attached.values.get(key)
+            changed = base is None or not torch.equal(tensor, base.to(tensor))
+        if changed:
             found[key] = tensor
     return found
 
