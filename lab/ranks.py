@@ -6,6 +6,7 @@ whole. The first rank alone writes and prints. Without torchrun there is one ran
 does anything. [us] our choice, as in san.py.
 """
 
+import atexit
 import contextlib
 import itertools
 import os
@@ -78,12 +79,15 @@ def joined() -> Iterator[None]:
         yield
         return
     nccl = torch.cuda.device_count() >= here()[1]  # it wants a GPU for every rank
+    ended = []
+    atexit.register(lambda: ended and leave())  # registered first, it comes after all others
     try:
         with quiet(), together():
             backend = "cpu:gloo,cuda:nccl" if nccl else "gloo"
             dist.init_process_group(backend, timeout=PATIENCE)
             yield
             dist.destroy_process_group()
+            ended.append(True)
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt):
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # torchrun sends another
@@ -92,6 +96,17 @@ def joined() -> Iterator[None]:
         if number():
             print(file=sys.stderr)  # below the first rank's bar
         raise
+
+
+def leave() -> None:
+    """End the process with 0 before Python is taken apart.
+
+    gloo's and autograd's threads may want Python even then, and abort the process (PyTorch's issue
+    190489): torchrun would call a run failed that has written all its files.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def failed_before() -> int:

@@ -232,10 +232,17 @@ def checkpointed_block(model: nn.Module) -> nn.Module:
     return model
 
 
+def data_parallel(model: nn.Module) -> nn.Module:
+    """DataParallel, which would move the model to a GPU where there is one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        return nn.DataParallel(model)
+
+
 WRAPPERS = {
     "compile": lambda model: torch.compile(model, backend="eager"),
-    "DataParallel": nn.DataParallel,
-    "compiled DataParallel": lambda model: torch.compile(nn.DataParallel(model), backend="eager"),
+    "DataParallel": data_parallel,
+    "compiled DataParallel": lambda model: torch.compile(data_parallel(model), backend="eager"),
     "averaged": torch.optim.swa_utils.AveragedModel,
     "compiled block": compiled_block,
     "compiled layer": compiled_layer,
