@@ -162,7 +162,8 @@ def detach(model: nn.Module) -> None:
     """Give the whole base model back, bit for bit: its layers, parameters and buffers.
 
     Raises ValueError, and changes nothing, where something that `trainable` does not name was set
-    to train or given other values after `attach`: its base value is not kept.
+    to train or given other values after `attach`: its base value is not kept. Other values show in
+    up to sixteen entries of each tensor that are compared, not in the rest.
     """
     model, _ = _adapted(model)
     _require_remembered(model)
@@ -1020,7 +1021,8 @@ def save_adapter(model: nn.Module, path: str | os.PathLike) -> None:
 
     That is γ and β, what requires a gradient or was named in `trainable`, what was put in place of
     a module of the base or given other values since, and every buffer that changed (BatchNorm's
-    statistics).
+    statistics). What is frozen was given other values where up to sixteen entries of it tell so:
+    name in `trainable` what you change by hand.
 
     Raises ValueError for a model without SAN layers or with them disabled, and for a value that is
     not finite; OSError if it cannot be written.
@@ -1092,12 +1094,13 @@ def _different(model: nn.Module) -> dict[str, Tensor]:
 def load_adapter(model: nn.Module, path: str | os.PathLike) -> None:
     """Attach what `save_adapter` wrote to a fresh base model, on its device and in its dtype.
 
-    What is frozen decides whether the file fits: its names, shapes and a few entries of each, by
-    which a model that was merged already is refused too. A linear layer or convolution that was
-    trained, as a new head, takes the file's shape; a head of another kind has to be put in place
-    first. Raises ValueError, and leaves the model as it was, if the file belongs to another base
-    model (naming what differs first), has values that are not finite or is no adapter; OSError if
-    it is unreadable.
+    What is frozen decides whether the file fits: its names, shapes and up to sixteen entries of
+    each, within half precision's rounding. A model that was merged already is refused by them,
+    unless γ moved no more than that rounding. A linear layer or convolution that was trained, as a
+    new head, takes the file's shape; a head of another kind has to be put in place first. Raises
+    ValueError, and leaves the model as it was, if the file belongs to another base model (naming
+    what differs first), has values that are not finite or is no adapter; OSError if it is
+    unreadable.
     """
     content = read_adapter(path)
     model = _unwrapped(model, ddp=False)

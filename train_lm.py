@@ -89,7 +89,7 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
         "sets, or captions and descriptions for pre-training; by default all tasks of the data",
     )
     add("--train-file", help="train on this file in place of every train.json")
-    add("--shots", type=loop.positive, help="labelled questions of each task; a fifth validates")
+    add("--shots", type=loop.positive, help="labelled questions of a task; 200 or a fifth validate")
     add("--test-shots", type=loop.positive, help="score on so many test questions of a task")
     add("--weights", help="a folder, .gguf or model.pt, smollm2, or none; default: shipped")
     add("--dtype", default="float32", choices=["float32", "bfloat16"], help="of frozen weights")
@@ -107,6 +107,7 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     visual.add_flags(p)
     loop.add_flags(p, [*METHODS, "projector"], LEARNING_RATES, "by default 5, of scenes 3", 32)
     args = p.parse_args(words)
+    loop.check_alone(p, args)
     p.set_defaults(epochs=3 if args.data == "scenes" else 5)
     args.epochs = args.epochs or p.get_default("epochs")
     given = loop.given(p, args)
@@ -138,7 +139,7 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     trained = (args.methods or METHODS) if args.compare else [args.method]
     if args.dtype != "float32" and {"linear", "full"} & {*trained}:
         p.error("linear and full train the weights themselves; give --dtype float32")
-    args.wiring, args.shift = "san", False  # a LLaMA has one wiring, and no bias to shift
+    args.wiring, args.shift = "san", args.tower  # a LLaMA has one wiring, and no bias to shift
     if not (args.compare or args.evaluate):
         args.out = args.out or loop.default_out(*names_of(args), args, given)
     return args

@@ -67,7 +67,7 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     )
     tasks = ["source", *sprites.TASKS, "all"]
     add("--task", default="shape", choices=tasks, help="of sprites; 'all' for tables")
-    add("--data-dir", default="data", help="of torchvision's sets, and folders of other tasks")
+    add("--data-dir", help="of torchvision's sets, and folders of other tasks; default: data")
     add("--shots", type=loop.positive, help="labelled pictures, of all classes; a fifth validates")
     add("--model", nargs="+", choices=list(models.SIZES), help="several with --compare")
     add("--weights", help="imagenet1k, imagenet21k, none or a file; by default the model's own")
@@ -83,6 +83,7 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     rows, epochs = [*LEARNING_RATES, *variants.FLAGS], "by default 20, with a protocol 100"
     loop.add_flags(p, METHODS, rows, epochs, batch=32)
     args = p.parse_args(words)
+    loop.check_alone(p, args)
     given = loop.given(p, args)
     drawn = args.dataset == "sprites"
     args.protocol = args.protocol or ("vtab1k" if args.dataset == "vtab" else None)
@@ -92,8 +93,12 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
         p.error("--ablation compares SAN's variants, without --compare or --method")
     if args.pretrain and (tabulates(args) or args.shots or args.method != "san"):
         p.error("--pretrain makes one backbone, without --method, --shots or a comparison")
+    if args.pretrain and args.weights not in (None, "none"):
+        p.error("--pretrain starts from random weights; leave --weights out")
     if args.pretrain:
         args.method, args.weights = "full", "none"
+    if not drawn and args.task != p.get_default("task"):
+        p.error("--task is of sprites; leave it out with other data")
     rows = LEARNING_RATES if args.compare else variants.FLAGS if args.ablation else ()
     if other := [row for row in args.methods or () if row not in rows]:
         p.error(f"--methods names rows of --compare or --ablation, and {other[0]!r} is none here")
@@ -102,8 +107,10 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     if not tabulates(args) and (len(args.model) > 1 or args.task == "all"):
         p.error("several models or tasks at once go with --compare, --ablation or --protocol")
     loop.check_flags(p, args, tabulates(args))
-    if args.workers is None:
-        args.workers = 0 if drawn else min(8, torch.get_num_threads())
+    if not args.evaluate:  # which has what the run had
+        args.data_dir = args.data_dir or "data"
+        if args.workers is None:
+            args.workers = 0 if drawn else min(8, torch.get_num_threads())
     if not (tabulates(args) or args.evaluate or args.table or args.plot):
         args.out = args.out or loop.default_out(set_name(args), args.model[0], args, given)
     return args
@@ -259,8 +266,9 @@ def run(args: argparse.Namespace) -> None:
 
 def evaluate_run(args: argparse.Namespace) -> None:
     """Score the merged (or fully trained) model of a saved run on its test split."""
+    own = [name for name in ("workers", "data_dir") if getattr(args, name) is not None]
     saved, (state, factors, size), path = loop.reopen(
-        args, ("device", "workers", "data_dir"), ("state_dict", "factors", "image_size")
+        args, ["device", *own], ("state_dict", "factors", "image_size")
     )
     name = saved.model[0]
     with loop.as_saved_in(args.evaluate), ranks.first_here():
@@ -375,7 +383,7 @@ def time_step(
 ) -> tuple[float, int]:
     """Seconds of a training step, and steps of a run, on the first task whose data can be had.
 
-    The step is that of full fine-tuning, the slowest but for vpt, where it is compared.
+    The step is that of full fine-tuning where it is compared: vpt's, LoRA's and DoRA's are slower.
     """
     for task in tasks:
         try:

@@ -36,6 +36,12 @@ BLOCKS = (models.ViTBlock, models.ConvNeXtBlock, models.SwinBlock, models.LLaMAB
 # where a run reads and writes, what loads its pictures, and which runs a command is about
 FREE = ("out", "resume", "device", "workers", "data_dir", "evaluate")
 FREE += ("compare", "table", "plot", "methods", "log", "shard")
+# what trains nothing, and the flags that it reads
+ALONE = {
+    "evaluate": ("device", "workers", "data_dir", "shard", "score", "ask"),
+    "table": ("seeds",),
+    "plot": ("out",),
+}
 # what runs did before there were flags for it
 LATER = {"accumulate": 1, "recompute": False, "pretrain": False, "tower": False, "blind": False}
 LATER |= dict.fromkeys(("test_shots", "alpha", "methods", "projector_lr")) | {"ask": "options"}
@@ -260,6 +266,7 @@ def as_now(options: dict) -> dict:
 def given(p: argparse.ArgumentParser, args: argparse.Namespace) -> dict[str, str]:
     """The settings that were given otherwise than by default, as text; args: as they are parsed."""
     own = {k: v for k, v in settings(args).items() if v != p.get_default(k)}
+    own |= {"data_dir": args.data_dir} if args.data_dir else {}  # runs on it are other runs
     return {k: "+".join(map(str, v)) if isinstance(v, list) else str(v) for k, v in own.items()}
 
 
@@ -683,6 +690,8 @@ def check_flags(p: argparse.ArgumentParser, args: argparse.Namespace, many: bool
     """
     if many and (args.resume or args.seed):
         p.error("a comparison takes --seeds, the number of them, and goes on by itself")
+    if args.seeds != p.get_default("seeds") and not (many or args.table):
+        p.error("--seeds is of comparisons; a run has one --seed")
     if many and args.log:
         p.error("--log is of one run; a comparison is drawn by train_vision.py --plot")
     if ranks.count() > 1 and (many or args.table or getattr(args, "plot", None)):
@@ -702,8 +711,24 @@ def check_flags(p: argparse.ArgumentParser, args: argparse.Namespace, many: bool
         p.error("--warmup-epochs must lie in 0 … --epochs, and --weight-decay be 0 or more")
     if not 0 <= args.gamma_std < float("inf"):
         p.error("--gamma-std must be 0 or more")
-    if not (args.resume or args.evaluate or args.table or getattr(args, "plot", None)):
-        check_readers(p, args)  # runs from before this check go on
+    if not args.resume:  # runs from before this check go on
+        check_readers(p, args)
+
+
+def check_alone(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Beside --evaluate, --table or --plot a flag that these do not read ends the program.
+
+    args: as they are parsed, with nothing filled in.
+    """
+    for name, reads in ALONE.items():
+        if getattr(args, name, None):
+            for other, value in vars(args).items():
+                if other not in (name, *reads) and value != p.get_default(other):
+                    p.error(f"--{name} does not read {as_flag(other, value)}; leave it out")
+
+
+def as_flag(name: str, value: object) -> str:
+    return f"--{'no-' if value is False else ''}{name.replace('_', '-')}"
 
 
 def check_readers(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -718,8 +743,7 @@ def check_readers(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         value = vars(args).get(name, p.get_default(name))
         if value != p.get_default(name) and (ablation or args.method not in readers):
             what = "--ablation" if ablation else f"--method {args.method}"
-            word = f"{'no-' if value is False else ''}{name.replace('_', '-')}"
-            p.error(f"--{word} changes nothing in {what}; leave it out")
+            p.error(f"{as_flag(name, value)} changes nothing in {what}; leave it out")
 
 
 def positive(word: str) -> int:

@@ -73,10 +73,12 @@ def check_flags(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     alone = args.method == "projector" and not args.compare
     seen = args.tower or alone or args.projector_lr is not None  # what needs pictures
     seeing = is_visual(args.data)
-    if not (seeing or args.evaluate) and (seen or args.blind):
+    if not seeing and (seen or args.blind):
         p.error("--tower, --blind and the projector go with data that have pictures")
     if args.data_dir and args.data != EASY and not args.evaluate:
         p.error(f"--data-dir goes with --data {EASY}")
+    if args.tower and not args.compare and args.method in ("linear", "projector"):
+        p.error(f"--tower changes nothing in --method {args.method}; leave it out")
     if args.blind and seen:
         p.error("--blind leaves the tower and the projector unread: leave it out to train them")
     if args.projector_lr is not None and (alone or not 0 < args.projector_lr < math.inf):

@@ -126,6 +126,7 @@ def test_what_is_given_makes_a_run_another_and_its_folder_too():
     every = [[], ["--mode", "feature"], ["--gamma-std", "1"], ["--seed", "1"]]
     every += [["--method", "lora"], ["--method", "lora", "--rank", "4"], ["--pretrain"]]
     every += [["--method", "full"], ["--method", "full", "--weights", "none"], ["--shots", "50"]]
+    every += [["--data-dir", "a"], ["--data-dir", "b"]]
     assert len({out(*words) for words in every}) == len(every)
     every = [[], ["--tasks", "piqa"], ["--tasks", "piqa", "boolq"], ["--dtype", "bfloat16"]]
     every += [["--tasks", "corpus"], ["--weights", "none"], ["--test-shots", "9"]]

@@ -804,10 +804,11 @@ def test_weights_of_another_size_are_refused(changes, message, flags, weights, t
         (["--compare", "--methods", "magic"], 2, "'lora, r=32'"),
         (["--compare", "--dtype", "bfloat16"], 2, "give --dtype float32"),
         (["--shard"], 2, "torchrun --nproc_per_node=N"),
-        (["--table", "nowhere"], 1, "there is no file nowhere"),
+        (["--table", "run"], 2, "--table does not read --data; leave it out"),
         (["--resume"], 2, "no checkpoint"),
         (["--compare", "--resume"], 2, "goes on by itself"),
-        (["--evaluate", "nowhere"], 1, "no finished run"),
+        (["--evaluate", "run"], 2, "--evaluate does not read --data; leave it out"),
+        (["--seeds", "5"], 2, "--seeds is of comparisons; a run has one --seed"),
     ],
 )
 def test_bad_flags_are_one_sentence(words, code, message, flags, tmp_path, capsys):

@@ -76,6 +76,15 @@ def test_a_run_saves_a_model_that_scores_the_same_again(method, flags, tmp_path,
     assert f"{100 * result['test']:.2f} %" in capsys.readouterr().out
 
 
+def test_a_run_is_scored_again_on_the_pictures_it_was_made_with(flags, pictures, tmp_path, capsys):
+    named = ["--dataset", pictures.name, "--data-dir", pictures.parent]
+    assert command(*flags, *named, "--out", tmp_path / "run") == 0
+    assert command("--evaluate", tmp_path / "run") == 0
+    assert f"{100 * metrics(tmp_path / 'run')[-1]['test']:.2f} %" in capsys.readouterr().out
+    assert command("--evaluate", tmp_path / "run", "--data-dir", tmp_path) == 2
+    assert "config.json has it" in capsys.readouterr().err
+
+
 def test_the_saved_model_has_the_base_models_keys_and_the_adapter_is_small(flags, tmp_path):
     assert command(*flags, "--out", tmp_path) == 0
     saved = san.read(tmp_path / "merged.pt")
@@ -360,7 +369,7 @@ def test_flags_that_some_methods_read_are_taken_for_those_for_comparisons_and_fo
     for name, flag in words.items():
         for method in {*train_vision.METHODS} & {*methods.READERS[name]}:
             assert train_vision.arguments([*flag, "--method", method]).out
-        for other in (["--compare"], ["--evaluate", "run"], ["--resume"], ["--table", "run"]):
+        for other in (["--compare"], ["--resume"]):
             train_vision.arguments([*flag, "--method", "linear", *other])
 
 
@@ -492,6 +501,15 @@ def test_pictures_of_runs_and_of_a_comparison(flags, tmp_path, capsys):
     assert {path.name for path in (tmp_path / "one").iterdir()} == {"curves.png"}
     assert command("--plot", tmp_path / "nothing") == 1
     assert "no finished run" in capsys.readouterr().err
+    assert command("--plot", runs[1], "--no-shift") == 2
+    assert "--plot does not read --no-shift; leave it out" in capsys.readouterr().err
+
+
+def test_what_is_no_run_is_not_scored(tmp_path, capsys):
+    for script in (train_vision, train_lm):
+        assert command_of(script)("--evaluate", tmp_path / "nowhere") == 1
+        said = "nowhere is no finished run that can be scored: it has no config.json"
+        assert said in capsys.readouterr().err
 
 
 def test_tables_of_files_that_are_missing_or_empty_are_refused(tmp_path, capsys):
@@ -587,7 +605,10 @@ def test_weights_that_cannot_be_used_are_refused(kind, code, words, flags, tmp_p
         (["--resume"], 2, "no checkpoint"),
         (["--task", "all"], 2, "--compare"),
         (["--image-size", "30"], 2, "sprites are 32 px"),
-        (["--evaluate", "nowhere"], 1, "nowhere is no finished run that can be scored: it has no"),
+        (["--evaluate", "run"], 2, "--evaluate does not read --epochs; leave it out"),
+        (["--pretrain", "--weights", "imagenet21k"], 2, "random weights; leave --weights out"),
+        (["--seeds", "5"], 2, "--seeds is of comparisons; a run has one --seed"),
+        (["--dataset", "cifar100", "--task", "count"], 2, "--task is of sprites; leave it out"),
         (["--model", "convnext_micro", "--wiring", "authors"], 2, "ViT alone"),
         (["--method", "ssf", "--no-shift"], 2, "--no-shift changes nothing in --method ssf; leave"),
         (["--method", "lora", "--wiring", "authors"], 2, "--wiring changes nothing in --method"),

@@ -460,6 +460,12 @@ def test_flags_about_pictures_go_with_pictures(words, capsys):
     assert words == ["--blind"] or command("--data", "scenes", "--blind", *words) == 2
 
 
+@pytest.mark.parametrize("method", ["linear", "projector"])
+def test_what_trains_no_tower_takes_no_flag_to(method, capsys):
+    assert command("--data", "scenes", "--tower", "--method", method) == 2
+    assert f"--tower changes nothing in --method {method}" in capsys.readouterr().err
+
+
 def test_a_folder_of_easy_vqa_goes_with_easy_vqa(capsys):
     for script, data in ((train_lm, ["--data", "scenes"]), (visual, ["scenes"])):
         assert command_of(script)(*data, "--data-dir", "somewhere") == 2
