@@ -139,7 +139,8 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     trained = (args.methods or METHODS) if args.compare else [args.method]
     if args.dtype != "float32" and {"linear", "full"} & {*trained}:
         p.error("linear and full train the weights themselves; give --dtype float32")
-    args.wiring, args.shift = "san", args.tower  # a LLaMA has one wiring, and no bias to shift
+    # a LLaMA has one wiring, and no bias to shift, but a LLaVA's tower has
+    args.wiring, args.shift = "san", args.tower
     if not (args.compare or args.evaluate):
         args.out = args.out or loop.default_out(*names_of(args), args, given)
     return args
@@ -501,8 +502,7 @@ def print_beside_guesses(
 
 def evaluate_run(args: argparse.Namespace) -> None:
     """Score the merged (or fully trained) model of a saved run on its test questions."""
-    given = (name for name in ("score", "ask", "data_dir") if getattr(args, name))
-    own = ["device", "shard", *given]
+    own = ("device", "shard", "score", "ask", "data_dir")
     config, content, path = loop.reopen(args, own, HELD)
     try:
         model, tokenizer = restored(*content)

@@ -266,9 +266,8 @@ def run(args: argparse.Namespace) -> None:
 
 def evaluate_run(args: argparse.Namespace) -> None:
     """Score the merged (or fully trained) model of a saved run on its test split."""
-    own = [name for name in ("workers", "data_dir") if getattr(args, name) is not None]
     saved, (state, factors, size), path = loop.reopen(
-        args, ["device", *own], ("state_dict", "factors", "image_size")
+        args, ("device", "workers", "data_dir"), ("state_dict", "factors", "image_size")
     )
     name = saved.model[0]
     with loop.as_saved_in(args.evaluate), ranks.first_here():

@@ -559,7 +559,8 @@ def reopen(
 ) -> tuple[argparse.Namespace, list, Path]:
     """The settings of the saved run args.evaluate, what its model file holds, and that file.
 
-    own: settings to take from args instead; wanted: keys of the file. Raises OSError.
+    own: settings to take from args instead, where these are given; wanted: keys of the file.
+    Raises OSError.
     """
     folder = Path(args.evaluate)
     try:
@@ -568,7 +569,9 @@ def reopen(
         config = LATER | saved.config(folder)
         if lacking := settings(args).keys() - config.keys():
             raise OSError(f"config.json lacks {', '.join(sorted(lacking))}")
-        config = changed(args, **config | {key: getattr(args, key) for key in own})
+        here = {key: getattr(args, key) for key in own}
+        here = {key: value for key, value in here.items() if value is not None}
+        config = changed(args, **config | here)
         path = folder / ("model.pt" if config.method == "full" else "merged.pt")
         content = saved.model(path, wanted)
         return config, [content[key] for key in wanted], path

@@ -79,16 +79,15 @@ def joined() -> Iterator[None]:
         yield
         return
     nccl = torch.cuda.device_count() >= here()[1]  # it wants a GPU for every rank
-    ended = []
-    atexit.register(lambda: ended and leave())  # registered first, it comes after all others
+    atexit.register(leave)  # registered first, it comes after all others
     try:
         with quiet(), together():
             backend = "cpu:gloo,cuda:nccl" if nccl else "gloo"
             dist.init_process_group(backend, timeout=PATIENCE)
             yield
             dist.destroy_process_group()
-            ended.append(True)
     except BaseException as error:
+        atexit.unregister(leave)
         if isinstance(error, KeyboardInterrupt):
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # torchrun sends another
         if number() if isinstance(error, KeyboardInterrupt) else failed_before():
