@@ -366,13 +366,13 @@ def guard(work: Callable[[argparse.Namespace], None], args: argparse.Namespace) 
         if not re.search("MemoryError|out of memory|allocate", said):
             raise
         smaller = "try --accumulate 4, --recompute, or a smaller --batch-size"
-        print(f"{script}: there is no memory left ({said}); {smaller}", file=sys.stderr)
+        ranks.say(f"{script}: there is no memory left ({said}); {smaller}")
         sys.exit(1)
     except (ValueError, OSError, FloatingPointError) as error:
         said = str(error)
         if "\nOriginal Traceback" in said:  # a loader's process passes on all that it would print
             said = said.strip().splitlines()[-1].split(": ", 1)[-1]
-        print(f"{script}: {' '.join(said.split())}", file=sys.stderr)
+        ranks.say(f"{script}: {' '.join(said.split())}")
         sys.exit(2 if isinstance(error, ValueError) else 1)
 
 

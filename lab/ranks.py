@@ -92,8 +92,6 @@ def joined() -> Iterator[None]:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # torchrun sends another
         if number() if isinstance(error, KeyboardInterrupt) else failed_before():
             sys.exit(1)
-        if number():
-            print(file=sys.stderr)  # below the first rank's bar
         raise
 
 
@@ -108,14 +106,19 @@ def leave() -> None:
     os._exit(0)
 
 
+def say(sentence: str) -> None:
+    """To stderr, below the first rank's bar: in one piece, as that may go on meanwhile."""
+    print("\n" * (number() > 0) + sentence + "\n", end="", file=sys.stderr)
+
+
 def failed_before() -> int:
     """How many ranks have said already that they failed; torchrun's own store counts them."""
     address, port, start = map(os.environ.get, _STORE)
     try:
-        store = dist.TCPStore(address, int(port), is_master=False, timeout=timedelta(seconds=5))
+        store = dist.TCPStore(address, int(port), is_master=False, timeout=timedelta(minutes=1))
         return store.add(f"failed in start {start}", 1) - 1
-    except RuntimeError:  # it has ended itself
-        return number()
+    except RuntimeError:  # it has ended itself; rather twice than not at all
+        return 0
 
 
 @contextlib.contextmanager

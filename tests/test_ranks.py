@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from argparse import Namespace
 from pathlib import Path
 
@@ -99,12 +100,20 @@ def run(kind: str, *words) -> int:
 
 
 def failing(how: str, *_) -> float:
-    """Scoring that one rank alone cannot do."""
+    """Scoring that one rank alone cannot do, while the other shows a bar."""
+    if not ranks.number() and how == "raise":
+        threading.Thread(target=show_bars, daemon=True).start()
+    ranks.total(0)
     if ranks.number() and how == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     elif ranks.number():
         raise OSError("a picture is broken")
     return ranks.total(0)[0]
+
+
+def show_bars() -> None:
+    while True:
+        os.write(2, b"\r50 %|")
 
 
 def keep_first_checkpoints() -> None:
