@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
+import torch
+
 import san
 
 
@@ -46,3 +48,22 @@ def stop_after(epochs: int, monkeypatch) -> None:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(san, "write", write_and_stop)
+
+
+def require_same_end_after_stop(
+    command: Callable[..., int], flags: list, folder: Path, monkeypatch
+) -> None:
+    """A run of three epochs, stopped after two and resumed, is one that was never stopped."""
+    flags = [*flags, "--epochs", 3]
+    assert command(*flags, "--out", folder / "whole") == 0
+    with monkeypatch.context() as patch:
+        stop_after(2, patch)
+        assert command(*flags, "--out", folder / "parts") == 130
+    assert command(*flags, "--out", folder / "parts", "--resume") == 0
+    outs = (folder / "whole", folder / "parts")
+    whole, parts = (without_times(metrics(out)) for out in outs)
+    assert whole == parts
+    name = "model.pt" if (outs[0] / "model.pt").exists() else "merged.pt"
+    whole, parts = (san.read(out / name)["state_dict"] for out in outs)
+    assert whole.keys() == parts.keys()
+    assert all(torch.equal(whole[key], parts[key]) for key in whole)

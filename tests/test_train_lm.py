@@ -22,7 +22,7 @@ from asking import (
     save_as_run,
     tiny_model,
 )
-from running import command_of, metrics, stop_after, without_times
+from running import command_of, metrics, require_same_end_after_stop, without_times
 
 import models
 import san
@@ -379,19 +379,9 @@ def test_a_pretrained_model_is_what_weights_takes(flags, weights, tmp_path, few_
 def test_a_resumed_run_ends_where_an_uninterrupted_one_does(
     method, flags, tmp_path, monkeypatch, capsys
 ):
-    flags = [*flags, "--epochs", 3, "--method", method]
-    assert command(*flags, "--out", tmp_path / "whole") == 0
-    with monkeypatch.context() as patch:
-        stop_after(2, patch)
-        assert command(*flags, "--out", tmp_path / "parts") == 130
+    require_same_end_after_stop(command, [*flags, "--method", method], tmp_path, monkeypatch)
     message = capsys.readouterr().err
     assert "epoch 2 is kept" in message and "--resume" in message
-    assert command(*flags, "--out", tmp_path / "parts", "--resume") == 0
-    whole, parts = (without_times(metrics(tmp_path / run)) for run in ("whole", "parts"))
-    assert whole == parts
-    name = "model.pt" if method == "full" else "merged.pt"
-    whole, parts = (san.read(tmp_path / run / name)["state_dict"] for run in ("whole", "parts"))
-    assert all(torch.equal(whole[key], parts[key]) for key in whole)
 
 
 # ---------------------------------------------------------------------------------- comparison

@@ -10,7 +10,13 @@ import pytest
 import torch
 import torchvision
 from PIL import Image
-from running import command_of, metrics, stop_after, without_times
+from running import (
+    command_of,
+    metrics,
+    require_same_end_after_stop,
+    stop_after,
+    without_times,
+)
 from tiny import published_vit, randomise
 
 import models
@@ -196,19 +202,9 @@ def test_imagenet1k_without_a_network_says_where_to_put_the_file(
 def test_a_resumed_run_ends_where_an_uninterrupted_one_does(
     method, flags, tmp_path, monkeypatch, capsys
 ):
-    flags = [*flags, "--epochs", 3, "--method", method]
-    assert command(*flags, "--out", tmp_path / "whole") == 0
-    with monkeypatch.context() as patch:
-        stop_after(2, patch)
-        assert command(*flags, "--out", tmp_path / "parts") == 130
+    require_same_end_after_stop(command, [*flags, "--method", method], tmp_path, monkeypatch)
     message = capsys.readouterr().err
     assert "epoch 2 is kept" in message and "--resume" in message
-    assert command(*flags, "--out", tmp_path / "parts", "--resume") == 0
-    whole, parts = (without_times(metrics(tmp_path / run)) for run in ("whole", "parts"))
-    assert whole == parts
-    name = "model.pt" if method == "full" else "merged.pt"
-    whole, parts = (san.read(tmp_path / run / name)["state_dict"] for run in ("whole", "parts"))
-    assert all(torch.equal(whole[key], parts[key]) for key in whole)
 
 
 def test_a_pretrained_backbone_is_averaged_and_resumed_and_adapted(
@@ -245,14 +241,7 @@ def test_a_resumed_run_draws_the_same_pictures_where_workers_load_them(
     flags, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(sets, "MOST_KEPT", 0)  # bytes: nothing is kept, all is decoded when asked
-    flags = [*flags, "--workers", 2]
-    assert command(*flags, "--out", tmp_path / "whole") == 0
-    with monkeypatch.context() as patch:
-        stop_after(1, patch)
-        assert command(*flags, "--out", tmp_path / "parts") == 130
-    assert command(*flags, "--out", tmp_path / "parts", "--resume") == 0
-    whole, parts = (without_times(metrics(tmp_path / run)) for run in ("whole", "parts"))
-    assert whole == parts
+    require_same_end_after_stop(command, [*flags, "--workers", 2], tmp_path, monkeypatch)
 
 
 def test_resume_refuses_other_settings(flags, tmp_path, monkeypatch, capsys):
