@@ -81,37 +81,43 @@ class SANLayer(nn.Module):
             anterior_gamma = anterior_gamma[self.index.to(anterior_gamma.device)]
         return anterior_gamma, _whole(self.gamma) if self.scale else None, _whole(self.beta)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # called as in nn.Linear; x in the formulas
         """First read (2), then write (1).
 
         (W diag(γ')) x = W (γ' ⊙ x), so x is scaled and not W. W is frozen, but W diag(γ') is not:
         its gradient, out×in, would cost as much per step as fine-tuning W.
         """
-        _mark_run(self)
+        _mark_run(self)  # for the warning at the model's first forward
         anterior_gamma, gamma, beta = self.vectors()
-        z = self.layer(_affine(anterior_gamma, x, None, self.axes.places))  # W (γ' ⊙ x) + b
-        return _affine(gamma, z, beta, self.axes.places)  # γ ⊙ z + β
+        z = self.layer(_affine(anterior_gamma, input, None, self.axes.spatial))  # W (γ' ⊙ x) + b
+        return _affine(gamma, z, beta, self.axes.spatial)  # γ ⊙ z + β
 
     def forward_explicit(self, x: Tensor) -> Tensor:
         """The same, as the paper writes it, for readers and tests: γ' acts on W's columns."""
         anterior_gamma, gamma, beta = self.vectors()
         weight = self.layer.weight * _columns(anterior_gamma, self.axes)
         z = torch.func.functional_call(self.layer, {"weight": weight.to(self.layer.weight)}, x)
-        return _affine(gamma, z, beta, self.axes.places)
+        return _affine(gamma, z, beta, self.axes.spatial)
 
     def merged(self) -> tuple[Tensor, Tensor | None]:
         """W* = diag(γ) W diag(γ') and b* = γ ⊙ b + β, in float32 at least, then rounded once."""
         weight, bias = _whole(self.layer.weight), _whole(self.layer.bias)
-        vectors = (v if v is None else v.to(weight.device) for v in self.vectors())
+        vectors = [v if v is None else v.to(weight.device) for v in self.vectors()]
         anterior_gamma, gamma, beta = vectors
         merged = _rows(gamma, self.axes) * _wide(weight) * _columns(anterior_gamma, self.axes)
         if bias is not None:
-            bias = _affine(gamma, _wide(bias), beta, places=0).to(bias.dtype)
+            bias = _affine(gamma, _wide(bias), beta, spatial=0).to(bias.dtype)
         return merged.to(weight.dtype), bias
 
-    # whoever reads this layer instead of calling it finds the merged one; writes to it are lost
-    weight = property(lambda self: _mark_used(self).merged()[0])
-    bias = property(lambda self: _mark_used(self).merged()[1])
+    @property
+    def weight(self) -> Tensor:
+        """W*, for whoever reads this layer instead of calling it; writes to it are lost."""
+        return _mark_used(self).merged()[0]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """b*, likewise."""
+        return _mark_used(self).merged()[1]
 
 
 def attach(
@@ -123,16 +129,18 @@ def attach(
     shift: bool = False,
     trainable: Iterable[str] = (),
 ) -> None:
-    """Freeze `model` and put a SAN layer in place of each linked layer; it computes the same still.
+    """Freeze `model` and put a SAN layer in place of each linked layer; its output stays the same.
 
     scale, propagate: the two uses of γ; one of them alone is the ablation of [C].
     shift: train β as well; with propagate=False that is SSF [S]. A layer without a bias gets no
     β, since nothing in the base model could hold it after the merge [us].
     trainable: names of modules or parameters to train besides, such as norms and the head [C].
-    Bring the model to its dtype before, make the optimizer (without weight decay on γ, which would
-    pull it to 0), DDP or FSDP after. Until `merge` or `detach` a layer is a SANLayer, its keys are
-    fc1.layer.weight in place of fc1.weight, and fc1.weight is a copy of W*, to read and not to
-    write. What trains is float32: of a half-precision norm, norm.parametrizations.weight.original.
+    Before: bring the model to its dtype. After: make the optimizer (without weight decay on γ,
+    which would pull it to 0), then DDP or FSDP. Until `merge` or `detach` a layer is a SANLayer,
+    its keys are fc1.layer.weight in place of fc1.weight, and fc1.weight is a copy of W*, to read
+    and not to write. What trains is kept in float32: a half-precision norm's weight is then
+    norm.parametrizations.weight.original. A BatchNorm in training normalises the γ and β of the
+    layer before it away: of the two uses of γ, propagation alone is left.
     Names and sizes of the links are checked; which layer reads which is the caller's knowledge: a
     wrong link trains and merges all the same.
     Raises ValueError or TypeError for what cannot be adapted, and leaves the model as it was.
@@ -147,10 +155,13 @@ def attach(
 def merge(model: nn.Module) -> None:
     """Put W* and b* in place of W and b; layers and keys are the base model's own again.
 
-    What else was trained keeps its values; hooks on a SAN layer go with it. Raises ValueError, and
-    leaves the model as it was, where a merged weight would not be finite.
+    What else was trained keeps its values, and whether a parameter requires a gradient is as before
+    `attach`. The merged weights are new parameters, which an older optimizer does not reach; hooks
+    on a SAN layer go with it. Raises ValueError, and leaves the model as it was, where a merged
+    weight would not be finite.
     """
     model, layers = _adapted(model)
+    _look_at_parts(model, layers)
     for name, layer in layers.items():  # all are checked before any is changed
         _require_mergeable(name, layer)
     for name, layer in layers.items():
@@ -162,8 +173,8 @@ def detach(model: nn.Module) -> None:
     """Give the whole base model back, bit for bit: its layers, parameters and buffers.
 
     Raises ValueError, and changes nothing, where something that `trainable` does not name was set
-    to train or given other values after `attach`: its base value is not kept. Other values show in
-    up to sixteen entries of each tensor that are compared, not in the rest.
+    to train or given other values after `attach`: its base value is not kept. Up to sixteen entries
+    of each tensor are compared; a change of others alone goes unnoticed.
     """
     model, _ = _adapted(model)
     _require_remembered(model)
@@ -213,7 +224,7 @@ def _fold(layer: SANLayer) -> nn.Module:
 class _Axes(NamedTuple):
     """How a layer's weight and its pictures lie."""
 
-    places: int  # axes of a picture after its channels: 0 for Linear, n for ConvNd
+    spatial: int  # axes of a picture after its channels: 0 for Linear, n for ConvNd
     groups: int
     outputs: int
     inputs: int
@@ -239,9 +250,11 @@ def _described(layer: nn.Module) -> dict[str, Any]:
 
 def _rows(gamma: Tensor | None, axes: _Axes) -> Tensor | float:
     """γ in a shape that scales the output rows of the weight."""
-    if gamma is None or axes.first_in:
-        return 1.0 if gamma is None else gamma
-    return gamma.view(-1, 1, *[1] * axes.places)
+    if gamma is None:
+        return 1.0
+    if axes.first_in:
+        return gamma
+    return gamma.view(-1, 1, *[1] * axes.spatial)
 
 
 def _columns(gamma: Tensor | None, axes: _Axes) -> Tensor | float:
@@ -255,7 +268,7 @@ def _columns(gamma: Tensor | None, axes: _Axes) -> Tensor | float:
     if axes.first_in:
         return gamma[:, None]
     rows = gamma.view(axes.groups, 1, -1).expand(-1, axes.outputs // axes.groups, -1)
-    return rows.flatten(0, 1).view(axes.outputs, -1, *[1] * axes.places)
+    return rows.flatten(0, 1).view(axes.outputs, -1, *[1] * axes.spatial)
 
 
 def _wide(tensor: Tensor) -> Tensor:
@@ -316,14 +329,14 @@ def _mark_used(layer: SANLayer) -> SANLayer:
 # ---------------------------------------------------------------------------- the faster product
 
 
-def _affine(gamma: Tensor | None, x: Tensor, beta: Tensor | None, places: int) -> Tensor:
-    """γ ⊙ x + β along the channels of x, which stand before `places` more axes.
+def _affine(gamma: Tensor | None, x: Tensor, beta: Tensor | None, spatial: int) -> Tensor:
+    """γ ⊙ x + β along the channels of x, which stand before `spatial` more axes.
 
     Computed in γ's precision, returned in x's.
     """
     if gamma is None and beta is None:
         return x
-    shape = (-1, *[1] * places)
+    shape = (-1, *[1] * spatial)
     gamma, beta = (v if v is None else v.to(x.device).view(shape) for v in (gamma, beta))
     if gamma is None:
         return (x + beta).to(x.dtype)
@@ -395,7 +408,8 @@ def _unwrapped(module: nn.Module, ddp: bool = True) -> nn.Module:
 def _plain(name: str) -> str:
     """A name without its wrappers, and a parametrized weight's as if it were a plain one."""
     if not isinstance(name, str):
-        raise TypeError(f"a {type(name).__name__} is no name; take one of model.named_modules()")
+        kind = type(name).__name__
+        raise TypeError(f"a {kind} is no name; give its name, as model.named_modules() has it")
     parts = [part for part in name.split(".") if part and part not in _WRAPPERS]
     if len(parts) > 2 and parts[-3] == "parametrizations" and parts[-1] == "original":
         parts[-3:] = [parts[-2]]
@@ -434,12 +448,15 @@ def _tensors(model: nn.Module, saved: bool = False) -> dict[str, Tensor]:
 def _replace(model: nn.Module, name: str, new: nn.Module) -> None:
     """Put a module in a layer's place; the base's own comes back in what wrapped it."""
     parent, _, child = name.rpartition(".")
-    wrapped = (c for n, _, _, c in model._san.children if n == name and _unwrapped(c) is new)
-    setattr(_modules(model)[parent], child, next(wrapped, new))
+    for path, _, _, base in model._san.children:
+        if path == name and _unwrapped(base) is new:
+            new = base
+            break
+    setattr(_modules(model)[parent], child, new)
 
 
 def _closest(name: str, names: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, [*names], n=3, cutoff=0.4)
+    close = difflib.get_close_matches(name, filter(None, names), n=3, cutoff=0.4)
     return f"; the closest names are {', '.join(close)}" if close else ""
 
 
@@ -470,7 +487,9 @@ def _check(
         users.setdefault(id(tensor), []).append(name)
     names = [link.layer for link in links]
     for name in names:
-        if not name or name not in modules:
+        if not name:
+            raise ValueError("a link names no layer; put a model that is one layer into another")
+        if name not in modules:
             raise ValueError(f"the model has no layer '{name}'{_closest(name, modules)}")
         if names.count(name) > 1:
             raise ValueError(f"layer '{name}' is linked twice; give each layer one link")
@@ -480,17 +499,30 @@ def _check(
                 tied = " and ".join(f"'{user}'" for user in users[id(parameter)])
                 raise ValueError(f"{tied} are one tied weight; copy or drop one, or unlink it")
     links = [link._replace(index=_check_index(link, names, modules)) for link in links]
+    keys = _check_trainable(trainable, names, modules, tensors, users)
+    return model, links, keys
 
+
+def _check_trainable(
+    trainable: Iterable[str],
+    layers: list[str],
+    modules: dict[str, nn.Module],
+    tensors: dict[str, Tensor],
+    users: dict[int, list[str]],
+) -> list[str]:
+    """The names of all parameters that `trainable` names. Raises ValueError or TypeError."""
     keys = []
     for name in map(_plain, _each(trainable)):
         own = [k for k in tensors if k == name or k.startswith(f"{name}.")]
         own = [k for k in own if isinstance(tensors[k], nn.Parameter)]
+        if not own and name and name in modules:
+            raise ValueError(f"'{name}' has no parameters to train; leave it out of `trainable`")
         if not own:
             closest = _closest(name, [*modules, *tensors])
             raise ValueError(f"nothing to train is called '{name}'{closest}")
         for key in own:
             _require_values(key, tensors[key])
-            if inside := [layer for layer in names if key.startswith(f"{layer}.")]:
+            if inside := [layer for layer in layers if key.startswith(f"{layer}.")]:
                 raise ValueError(
                     f"'{key}' is in the linked layer '{inside[0]}', so frozen; leave one of the two"
                 )
@@ -503,7 +535,7 @@ def _check(
                     "too coarse to train in; make the model float32, or leave it frozen"
                 )
         keys += own
-    return model, links, keys
+    return keys
 
 
 def _check_layer(name: str, layer: nn.Module) -> None:
@@ -581,8 +613,8 @@ def _is_linear(layer: nn.Module) -> bool:
         scaled = {"weight": _rows(rows, axes) * layer.weight * _columns(columns, axes)}
         if layer.bias is not None:
             scaled["bias"] = rows * layer.bias + shift
-        z = layer(_affine(columns, x, None, axes.places))
-        expected = _affine(rows, z, shift, axes.places)
+        z = layer(_affine(columns, x, None, axes.spatial))
+        expected = _affine(rows, z, shift, axes.spatial)
         return torch.allclose(torch.func.functional_call(layer, scaled, x), expected)
     except Exception:  # whatever a layer raises that is given less, or other, than it takes
         return False
@@ -604,7 +636,7 @@ def _check_index(link: Link, names: list[str], modules: dict[str, nn.Module]) ->
     inputs, outputs = _axes(modules[layer]).inputs, _axes(modules[anterior]).outputs
     index = range(outputs)[index] if isinstance(index, slice) else index
     if index is not None:  # numpy's and torch's numbers become Python's
-        index = [getattr(i, "tolist", lambda i=i: i)() for i in _each(index)]
+        index = [i.tolist() if hasattr(i, "tolist") else i for i in _each(index)]
     length = outputs if index is None else len(index)
     if length != inputs:
         what = f"'{anterior}' has" if index is None else "the index has"
@@ -672,8 +704,8 @@ def _sample(tensor: Tensor) -> Tensor:
     if not is_dense(tensor) or type(tensor.data) is not Tensor:
         return torch.empty(0)
     count = min(16, tensor.numel())
-    places = torch.arange(count) * (tensor.numel() - 1) // max(1, count - 1)
-    return tensor.detach().flatten()[places.to(tensor.device)].float().cpu()
+    chosen = torch.arange(count) * (tensor.numel() - 1) // max(1, count - 1)
+    return tensor.detach().flatten()[chosen.to(tensor.device)].float().cpu()
 
 
 def _same(there: Tensor, here: Tensor) -> bool:
@@ -734,8 +766,8 @@ def _look_at_first_forward(model: nn.Module, *_: Any) -> None:
     silent = _silent(model)
     if unused := [n for n, m in layers.items() if not m.used and m not in silent]:
         warnings.warn(
-            f"the model ran without its linked layers {', '.join(unused)}, so that their γ scales "
-            "nothing they give out before the merge does; unlink what the model does not call",
+            f"the model ran without its linked layers {', '.join(unused)}: their γ does not scale "
+            "what they give out, but the merge folds it in; unlink what the model does not call",
             stacklevel=2,
         )
     ran = {m for m in layers.values() if m.used and m not in silent}
@@ -752,6 +784,13 @@ def _look_at_first_forward(model: nn.Module, *_: Any) -> None:
             "its type before attach, which keeps γ in float32",
             stacklevel=2,
         )
+
+
+def _look_at_parts(model: nn.Module, layers: dict[str, SANLayer]) -> None:
+    """The same of a model that was never called itself, but parts of it, as its `features`."""
+    uncalled = _look_at_first_forward in model._forward_hooks.values()
+    if uncalled and any(layer.used for layer in layers.values()):
+        _look_at_first_forward(model)
 
 
 def _silent(model: nn.Module) -> set[nn.Module]:
@@ -950,7 +989,7 @@ def disabled(model: nn.Module) -> Iterator[None]:
             if _fits(tensor, value):
                 trained[key] = tensor.detach().clone()
                 versions.enter_context(torch.autograd._unsafe_preserve_version_counter(tensor))
-                for _ in range(9):  # further than the next steps bring it
+                for _ in range(9):  # further than the next steps bring it, so that torch sees it
                     torch.autograd.graph.increment_version(tensor)
         _put(model, attached.values)
         yield
@@ -1021,8 +1060,8 @@ def save_adapter(model: nn.Module, path: str | os.PathLike) -> None:
 
     That is γ and β, what requires a gradient or was named in `trainable`, what was put in place of
     a module of the base or given other values since, and every buffer that changed (BatchNorm's
-    statistics). What is frozen was given other values where up to sixteen entries of it tell so:
-    name in `trainable` what you change by hand.
+    statistics). Of what is frozen up to sixteen entries are compared, and a change of others alone
+    goes unnoticed: name in `trainable` what you change by hand.
 
     Raises ValueError for a model without SAN layers or with them disabled, and for a value that is
     not finite; OSError if it cannot be written.
@@ -1033,9 +1072,10 @@ def save_adapter(model: nn.Module, path: str | os.PathLike) -> None:
 def adapter_of(model: nn.Module) -> dict[str, Any]:
     """What `save_adapter` writes. Of processes that share a model all call it, and one writes."""
     model, layers = _adapted(model)
-    if any(layer.used for layer in layers.values()):
-        _look_at_first_forward(model)
-    values = {key: _whole(v.detach()).clone() for key, v in _different(model).items()}
+    _look_at_parts(model, layers)
+    different = _different(model)
+    whole = {id(v): _whole(v.detach()).clone() for v in different.values()}  # what is tied, once
+    values = {key: whole[id(v)] for key, v in different.items()}
     for key, value in values.items():
         _require_finite(f"'{key}'", value)
     attached = model._san

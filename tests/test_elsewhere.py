@@ -394,7 +394,7 @@ def test_a_linked_layer_that_a_forward_never_calls_or_reads_is_said():
 
     model = Short(nn.Linear(5, 8), nn.Linear(8, 8))
     attach(model, [Link("0"), Link("1", "0")])
-    with pytest.warns(UserWarning, match="without its linked layers 1, so that their γ scales"):
+    with pytest.warns(UserWarning, match="without its linked layers 1: their γ does not scale"):
         model(torch.randn(2, 5))
 
 

@@ -242,6 +242,7 @@ def test_a_repeating_index_propagates_exactly_through_a_flatten():
 # --------------------------------------------------------------------------------------- merge
 
 
+@pytest.mark.filterwarnings("ignore:the model ran without its linked layers before")
 @each_layer
 @each_setting
 @each_precision
@@ -676,6 +677,7 @@ def zoo():
     layers |= dict(back=nn.ConvTranspose1d(8, 8, 1), tied=nn.Linear(8, 8), twin=nn.Linear(8, 8))
     model = nn.Sequential(OrderedDict(layers))
     model.add_module("words", nn.Embedding(5, 8))
+    model.add_module("act", nn.GELU())
     model.add_module("deep", nn.ModuleDict({"fc": nn.Linear(4, 4)}))
     model.add_module("alias", model.tied)
     model.add_module("complex", nn.Linear(8, 8, dtype=torch.complex64))
@@ -723,6 +725,9 @@ def zoo():
         (Link("fc2"), {"scale": False, "propagate": False}, ValueError, "γ would act nowhere"),
         (Link("fc2"), {"scale": False}, ValueError, "γ would act nowhere; leave scale on, or"),
         (Link("fc2"), {"trainable": ["nrm"]}, ValueError, "'nrm'; the closest names are .*norm"),
+        (Link("fc2"), {"trainable": ["act"]}, ValueError, "'act' has no parameters to train"),
+        (Link("fc2"), {"trainable": [""]}, ValueError, "nothing to train is called ''$"),
+        (Link(""), {}, ValueError, "a link names no layer"),
         (Link("fc2"), {"trainable": ["norm", "fc2"]}, ValueError, "'fc2.weight' .*linked layer"),
     ],
 )
@@ -741,7 +746,7 @@ def test_what_attach_cannot_do_it_says_and_leaves_the_model_as_it_was(
         (["fc1"], [], r"a str is no link; write Link\(layer"),
         ("fc1", [], "a str is no link"),
         (lambda: LINKS, [], "a function is no link"),
-        ([Link(nn.Linear(6, 8))], [], "a Linear is no name; take one of model.named_modules"),
+        ([Link(nn.Linear(6, 8))], [], "a Linear is no name; give its name, as"),
         ([Link("fc2", nn.Linear(6, 8))], [], "a Linear is no name"),
         (LINKS, [nn.Linear(6, 8)], "a Linear is no name"),
         (LINKS, nn.Linear(6, 8), "a Linear is no name"),
@@ -933,4 +938,49 @@ def test_a_layer_that_is_called_past_its_san_layer_is_warned_of_alone():
     attach(model, [Link("a"), Link("b", "a")])
     with pytest.warns(UserWarning) as told:
         model(torch.randn(2, 4))
-    assert ["ran without its linked layers a, " in str(one.message) for one in told] == [True]
+    assert ["ran without its linked layers a: " in str(one.message) for one in told] == [True]
+
+
+def test_a_model_that_was_called_in_parts_alone_is_looked_at_before_the_merge():
+    model = nn.Sequential(nn.Linear(4, 4), nn.GELU(), nn.Linear(4, 4))
+    attach(model, [Link("0", "2"), Link("2")])
+    model[2](model[0](torch.randn(2, 4)))
+    with pytest.warns(UserWarning, match="0 ran before the anterior that its link names"):
+        merge(model)
+
+
+def test_a_layer_takes_its_input_by_name_as_before():
+    model, x = mlp(), torch.randn(3, 6, dtype=torch.float64)
+    before = model.fc1(input=x)
+    attach(model, LINKS)
+    torch.testing.assert_close(model.fc1(input=x), before)
+
+
+def test_what_is_tied_is_saved_once(tmp_path):
+    model = nn.Sequential(OrderedDict(fc1=nn.Linear(6, 8), a=nn.Linear(8, 9), b=nn.Linear(8, 9)))
+    model.b.weight = model.a.weight
+    base = copy.deepcopy(model)
+    attach(model, [Link("fc1")], trainable=["a"])
+    with torch.no_grad():
+        model.a.weight.add_(1)
+    save_adapter(model, tmp_path / "adapter.pt")
+    values = san.read(tmp_path / "adapter.pt")["values"]
+    assert values["a.weight"].data_ptr() == values["b.weight"].data_ptr()
+    load_adapter(base, tmp_path / "adapter.pt")
+    assert base.a.weight is base.b.weight and torch.equal(base.a.weight, model.a.weight)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_batchnorm_in_training_leaves_propagation_alone(training):
+    """Its statistics follow γ and β, so that it gives out the same, but for its ε."""
+    layers = [nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3)]
+    model = nn.Sequential(*layers).double().train(training)
+    attach(model, [Link("0"), Link("3", "0")], shift=True)
+    x = torch.randn(16, 3, 9, 9, dtype=torch.float64)
+    before = {n: model[:n](x) for n in (3, 4)}
+    with torch.no_grad():
+        model[0].gamma.add_(torch.rand(8))
+        model[0].beta.add_(torch.rand(8))
+    after = {n: model[:n](x) for n in (3, 4)}
+    assert torch.allclose(before[3], after[3], atol=1e-3) == training
+    assert not torch.allclose(before[4], after[4], atol=1e-1)
