@@ -1,6 +1,6 @@
 """Adapt a LLaMA, or a LLaVA on pictures, with SAN or what people use instead, and compare.
 
-Six ways to use it:
+Ways to use it:
     python train_lm.py                              # microworld, shipped weights, two CPU cores
     python train_lm.py --weights DIR --data DIR     # a real checkpoint, the eight tasks, one GPU
     python train_lm.py --data scenes                # questions about pictures, a small LLaVA
@@ -72,7 +72,7 @@ WINDOW = 128  # tokens of the corpus read at once
 
 def arguments(words: list[str] | None = None) -> argparse.Namespace:
     """The flags, with what they leave open filled in."""
-    p = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=loop.Help)
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=loop.Help)
     add = p.add_argument
     add(
         "--data",

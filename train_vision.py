@@ -56,7 +56,7 @@ FOR_VIT = ("vpt", "SAN, authors' wiring")
 
 def arguments(words: list[str] | None = None) -> argparse.Namespace:
     """The flags, with what they leave open filled in from data set and method."""
-    p = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=loop.Help)
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=loop.Help)
     add = p.add_argument
     names = ", ".join(["sprites", *pictures.TORCHVISION, *pictures.SUITES])
     add("--dataset", default="sprites", help=f"{names}, or a folder with train/, test/")
@@ -66,8 +66,8 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
         help="choose on 200 of 1000 labels, train on all; 100 epochs",
     )
     tasks = ["source", *sprites.TASKS, "all"]
-    add("--task", default="shape", choices=tasks, help="of sprites; 'all' for tables")
-    add("--data-dir", help="of torchvision's sets, and folders of other tasks; default: data")
+    add("--task", default="shape", choices=tasks, help="one of sprites'; all of them for tables")
+    add("--data-dir", help="where torchvision's sets and other folders are; by default data")
     add("--shots", type=loop.positive, help="labelled pictures, of all classes; a fifth validates")
     add("--model", nargs="+", choices=list(models.SIZES), help="several with --compare")
     add("--weights", help="imagenet1k, imagenet21k, none or a file; by default the model's own")
@@ -75,7 +75,7 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     add("--wiring", default="san", choices=["san", "authors"], help="authors: ViT alone")
     add("--image-size", type=loop.positive, help="by default what the model is made for")
     add("--workers", type=int, help="processes that load pictures")
-    add("--prompts", type=loop.positive, default=10, help="of vpt, before every block")
+    add("--prompts", type=loop.positive, default=10, help="prompts of vpt, before every block")
     add("--pretrain", action="store_true", help="a new backbone: all of it, from nothing")
     add("--ablation", action="store_true", help="SAN's variants compared, as --compare does")
     add("--compile", action="store_true", help="torch.compile what is trained")

@@ -78,7 +78,7 @@ def on_device(model: nn.Module, device: torch.device) -> nn.Module:
 
 
 def rate_at(step: int, steps: int, warmup: int, peak: float) -> float:
-    """Learning rate: linear from 0 to `peak` over `warmup` steps, then a half cosine back to 0."""
+    """Learning rate: linear up to `peak` over `warmup` steps, then a half cosine towards 0."""
     if step < warmup:
         return peak * (step + 1) / warmup
     return peak * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup))) / 2
@@ -105,8 +105,8 @@ def fit(
     unit: what a batch holds, for the bar and the speed.
     out: folder for checkpoint.pt, written after every epoch, which is then reported in a line;
     args.resume continues from it.
-    average: validate, and end, with the mean of the parameters over the steps, of which a step
-    counts `average` times what the next one does; 0: with the last step's.
+    average: the decay per step of a moving average of the parameters, which is validated, and kept
+    in the end; 0: no average.
     args.accumulate: in how many parts a batch, a tuple of tensors, goes through the model; a step
     is the same but for rounding, and takes the memory of a part. Under torchrun the loader gives
     every rank its own rows of a batch, () for none.
@@ -141,17 +141,7 @@ def fit(
                 for group in optimizer.param_groups:
                     group["lr"] = rate * group.get("share", 1.0)
                 optimizer.zero_grad()
-                own = (len(batch[0]), weigh(batch)) if batch else (0, 0)
-                loss, (rows, whole) = torch.zeros((), device=device), ranks.total(*own)
-                parts = [*zip(*(tensor.chunk(args.accumulate) for tensor in batch))]
-                parts = [(part, weigh(part) / whole) for part in parts]
-                parts += [(spare, 0.0)] * (args.accumulate - len(parts) if spare else 0)
-                for part, weight in parts:
-                    with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
-                        share = loss_of(model, part) * weight
-                    share.backward()
-                    loss += share.detach()
-                ranks.add_up(loss, parameters)
+                loss, rows = backward(model, parameters, batch, loss_of, weigh, args, spare)
                 optimizer.step()
                 if mean:
                     mean.update_parameters(model)
@@ -184,6 +174,34 @@ def fit(
     return history
 
 
+def backward(
+    model: nn.Module,
+    parameters: list[nn.Parameter],
+    batch: tuple,
+    loss_of: Callable[[nn.Module, tuple], Tensor],
+    weigh: Callable[[tuple], float],
+    args: argparse.Namespace,
+    spare: tuple | None,
+) -> tuple[Tensor, float]:
+    """Add a batch's gradients, part by part, over all ranks; its mean loss, and number of rows.
+
+    What is given is as in `fit`; parameters: those that train.
+    """
+    device = parameters[0].device
+    own = (len(batch[0]), weigh(batch)) if batch else (0, 0)
+    loss, (rows, whole) = torch.zeros((), device=device), ranks.total(*own)
+    parts = [*zip(*(tensor.chunk(args.accumulate) for tensor in batch))]
+    parts = [(part, weigh(part) / whole) for part in parts]
+    parts += [(spare, 0.0)] * (args.accumulate - len(parts) if spare else 0)
+    for part, weight in parts:
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
+            share = loss_of(model, part) * weight
+        share.backward()
+        loss += share.detach()
+    ranks.add_up(loss, parameters)
+    return loss, rows
+
+
 def in_short(record: dict, unit: str, left: float) -> str:
     """An epoch's record in few words; left: how many seconds the epochs after it take."""
     validation = "" if record["val"] is None else f"validation {100 * record['val']:.1f} %  "
@@ -194,8 +212,9 @@ def in_short(record: dict, unit: str, left: float) -> str:
 
 def duration(seconds: float) -> str:
     """Seconds, minutes or hours."""
-    size, unit = next(((n, u) for n, u in ((3600, "h"), (60, "min")) if seconds > n), (1, "s"))
-    return f"{seconds / size:.{1 if unit == 'h' else 0}f} {unit}"
+    if seconds > 3600:
+        return f"{seconds / 3600:.1f} h"
+    return f"{seconds / 60:.0f} min" if seconds > 60 else f"{seconds:.0f} s"
 
 
 def groups_of(model: nn.Module, args: argparse.Namespace) -> list[dict]:
@@ -567,6 +586,9 @@ def reopen(
         if not (folder / "config.json").exists():
             raise FileNotFoundError("it has no config.json")
         config = LATER | saved.config(folder)
+        for setting, script in (("dataset", "train_vision.py"), ("data", "train_lm.py")):
+            if setting in config and not hasattr(args, setting):
+                raise OSError(f"it is a run of {script}; give it to that")
         if lacking := settings(args).keys() - config.keys():
             raise OSError(f"config.json lacks {', '.join(sorted(lacking))}")
         here = {key: getattr(args, key) for key in own}
@@ -639,7 +661,7 @@ def write_json_lines(records: list[dict], path: Path) -> None:
 # -------------------------------------------------------------------------------------------- flags
 
 
-class Help(argparse.ArgumentDefaultsHelpFormatter):
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Tells a default where there is one: None is said in words, False is a flag left out."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
@@ -670,7 +692,7 @@ def add_flags(
     add("--accumulate", type=positive, default=1, help="parts in which a batch is read")
     add("--recompute", action="store_true", help="keep fewer activations, compute them again")
     add("--lr", type=float, help="by default what suits the method")
-    add("--weight-decay", type=float, default=0.0)
+    add("--weight-decay", type=float, default=0.0, help="of matrices; γ, β and norms have none")
     add("--warmup-epochs", type=float, help="by default a tenth of the epochs")
     add("--seed", type=int, default=0, help="0 … 9999")
     add("--device", default="auto", help="cpu, cuda, …")

@@ -1,4 +1,4 @@
-"""What SAN is compared with: each method is what it trains, and folds into plain layers again.
+"""SAN and what it is compared with: what each trains, and how it becomes plain layers again.
 
 `adapt` prepares a model for a method, `fold` makes plain layers of it.
 [P] the paper, [C] the authors' v1 code, [S] SSF, [us] our choice, as in san.py.
@@ -20,10 +20,16 @@ MODES = {"both": {}, "feature": {"propagate": False}, "propagation": {"scale": F
 UNLINKED = ("linear", "norm", "bias", "vpt", "full")  # methods that know nothing of links
 # the settings that not every method reads, and which methods do
 SANS, UPDATES = ("san", "san2", "san+lora", "san+dora"), ("lora", "dora", "san+lora", "san+dora")
-READERS = dict.fromkeys(("mode", "wiring"), SANS)
-READERS |= dict.fromkeys(("shift", "gamma_std"), (*SANS, "hyperadapt"))
-READERS |= {"norms": (*SANS, "hyperadapt", "ssf"), "prompts": ("vpt",)}
-READERS |= dict.fromkeys(("rank", "alpha"), UPDATES)
+READERS = {
+    "mode": SANS,
+    "wiring": SANS,
+    "shift": (*SANS, "hyperadapt"),
+    "gamma_std": (*SANS, "hyperadapt"),
+    "norms": (*SANS, "hyperadapt", "ssf"),
+    "prompts": ("vpt",),
+    "rank": UPDATES,
+    "alpha": UPDATES,
+}
 SECOND = ("fc2", "pwconv2", "down_proj")  # an MLP's last layer, which IA³ scales at its input
 
 

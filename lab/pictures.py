@@ -96,7 +96,7 @@ def load(
         )
     raise ValueError(
         f"data set '{name}' is neither a folder with train/ and test/, here or in {data_dir}, nor "
-        f"one of: sprites, {', '.join(TORCHVISION)}"
+        f"one of: sprites, {', '.join([*TORCHVISION, *SUITES])}"
     )
 
 

@@ -1,5 +1,6 @@
 """The training script as a user meets it: what it writes, resumes, compares and refuses."""
 
+import json
 import pickle
 import urllib.error
 import urllib.request
@@ -499,6 +500,11 @@ def test_what_is_no_run_is_not_scored(tmp_path, capsys):
         assert command_of(script)("--evaluate", tmp_path / "nowhere") == 1
         said = "nowhere is no finished run that can be scored: it has no config.json"
         assert said in capsys.readouterr().err
+    for script, other in ((train_vision, "data"), (train_lm, "dataset")):
+        (tmp_path / "config.json").write_text(json.dumps({other: "scenes"}))
+        assert command_of(script)("--evaluate", tmp_path) == 1
+        its = "train_lm.py" if script is train_vision else "train_vision.py"
+        assert f"it is a run of {its}; give it to that" in capsys.readouterr().err
 
 
 def test_tables_of_files_that_are_missing_or_empty_are_refused(tmp_path, capsys):
