@@ -58,7 +58,7 @@ def load(folder: str | Path, dtype: torch.dtype = torch.float32) -> LLaMA:
 
 def numbers(config: dict) -> dict:
     """LLaVA's arguments from a config.json. Raises ValueError, or KeyError for a missing entry."""
-    vision, layer = config["vision_config"], config.get("vision_feature_layer", -2)
+    vision, layer = config.get("vision_config", {}), config.get("vision_feature_layer", -2)
     if vision.get("model_type") != "vit":
         raise ValueError(
             f"its vision tower is of type '{vision.get('model_type', 'clip_vision_model')}'; only "
@@ -68,6 +68,8 @@ def numbers(config: dict) -> dict:
     for entries, key, value in (
         (vision, "hidden_act", "gelu"),
         (vision, "layer_norm_eps", 1e-6),
+        (vision, "qkv_bias", True),
+        (vision, "num_channels", 3),
         (vision, "intermediate_size", 4 * vision["hidden_size"]),
         (config, "vision_feature_select_strategy", "default"),
         (config, "projector_hidden_act", "gelu"),

@@ -185,7 +185,10 @@ def test_its_tokenizer_ends_a_text_as_the_text_config_says(tmp_path):
     "change, named",
     [
         (lambda c: c["vision_config"].update(model_type="clip_vision_model"), "clip_vision_model"),
+        (lambda c: c.pop("vision_config"), "clip_vision_model"),  # what they take it for
         (lambda c: c["vision_config"].update(hidden_act="quick_gelu"), "quick_gelu"),
+        (lambda c: c["vision_config"].update(qkv_bias=False), "qkv_bias is False"),
+        (lambda c: c["vision_config"].update(num_channels=1), "num_channels is 1"),
         (lambda c: c["vision_config"].update(layer_norm_eps=1e-5), "layer_norm_eps"),
         (lambda c: c["vision_config"].pop("layer_norm_eps"), "layer_norm_eps is 1e-12"),
         (lambda c: c["vision_config"].update(intermediate_size=24), "intermediate_size"),
