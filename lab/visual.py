@@ -162,7 +162,9 @@ class Files:
 
 
 def is_visual(data: str) -> bool:
-    return data in ("scenes", EASY) or (Path(data) / "train.json").is_file()
+    """Whether --data has pictures: in a folder one of the two files tells, the other may lack."""
+    own = (Path(data) / f"{split}.json" for split in ("train", "test"))
+    return data in ("scenes", EASY) or any(path.is_file() for path in own)
 
 
 def tasks_of(data: str) -> tuple[str, ...]:

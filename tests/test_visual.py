@@ -509,6 +509,14 @@ def test_llavas_own_json_without_a_picture_asks_for_blind(llavas, model):
     assert len(visual.load(args, model).test["own"]) == 9
 
 
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_llavas_own_json_without_one_of_its_files_names_it(split, llavas, weights, capsys):
+    path = llavas / f"{split}.json"
+    path.unlink()
+    assert command("--data", llavas, "--weights", weights, "--device", "cpu") == 1
+    assert f"there is no file {path}; give a folder" in capsys.readouterr().err
+
+
 def test_llavas_own_json_trains(llavas, weights, tmp_path):
     flags = ["--data", llavas, "--weights", weights, "--epochs", 1, "--device", "cpu"]
     assert command(*flags, "--out", tmp_path / "run") == 0
