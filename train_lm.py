@@ -130,12 +130,15 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
         p.error("--tasks corpus has no questions: leave all flags out that are about them")
     if args.score == "generate" and args.ask == "words":
         p.error("--score generate looks for the names of a list: leave --ask words out")
+    worded = (args.data == "microworld" or seeing) and not args.evaluate
+    if worded and args.ask == "words":
+        p.error("--ask words is for the eight tasks in files; other lists have the options' words")
     if args.score is None and (args.ask == "words" or not args.evaluate):
         args.score = "likelihood"
     if args.ask is None and (args.score == "generate" or not args.evaluate):
         args.ask = "options" if args.score == "generate" else "words"
-    if (args.data == "microworld" or seeing) and not args.evaluate:
-        args.ask = "options"  # their lists have the options' own words
+    if worded:
+        args.ask = "options"
     trained = (args.methods or METHODS) if args.compare else [args.method]
     if args.dtype != "float32" and {"linear", "full"} & {*trained}:
         p.error("linear and full train the weights themselves; give --dtype float32")

@@ -238,7 +238,7 @@ def test_microworld_is_asked_as_it_stands_and_files_in_words_unless_text_is_gene
     def asks(*words) -> str | None:
         return train_lm.arguments([*map(str, words)]).ask
 
-    assert asks() == asks("--ask", "words") == "options"
+    assert asks() == asks("--ask", "options") == asks("--data", "scenes") == "options"
     assert asks("--data", folder) == asks("--data", folder, "--score", "likelihood") == "words"
     assert asks("--data", folder, "--score", "generate") == "options"
     assert asks("--data", folder, "--ask", "options") == "options"
@@ -775,6 +775,8 @@ def test_weights_of_another_size_are_refused(changes, message, flags, weights, t
         (["--method", "magic"], 2, "'san+dora'"),
         (["--score", "luck"], 2, "'generate'"),
         (["--score", "generate", "--ask", "words"], 2, "leave --ask words out"),
+        (["--data", "microworld", "--ask", "words"], 2, "for the eight tasks in files"),
+        (["--data", "scenes", "--ask", "words"], 2, "for the eight tasks in files"),
         (["--test-shots", "0"], 2, "above 0"),
         (
             ["--data", "microworld", "--tasks", "corpus", "--test-shots", "9"],
