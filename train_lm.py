@@ -516,8 +516,9 @@ def evaluate_run(args: argparse.Namespace) -> None:
     with loop.as_saved_in(args.evaluate):
         job, _ = load_job(config, model, tokenizer)
     figures = job.test(model)[1]
-    norm = f", by length {100 * figures['test_norm']:.2f} %" if "test_norm" in figures else ""
-    print(f"test accuracy of {path}  {100 * figures['test']:.2f} %{norm}")
+    more = f", by length {100 * figures['test_norm']:.2f} %" if "test_norm" in figures else ""
+    more += f", perplexity {figures['perplexity']:.3f}" if "perplexity" in figures else ""
+    print(f"test accuracy of {path}  {100 * figures['test']:.2f} %{more}")
 
 
 def compare(args: argparse.Namespace) -> None:

@@ -517,10 +517,13 @@ def test_llavas_own_json_without_one_of_its_files_names_it(split, llavas, weight
     assert f"there is no file {path}; give a folder" in capsys.readouterr().err
 
 
-def test_llavas_own_json_trains(llavas, weights, tmp_path):
+def test_llavas_own_json_trains_and_is_scored_again(llavas, weights, tmp_path, capsys):
     flags = ["--data", llavas, "--weights", weights, "--epochs", 1, "--device", "cpu"]
     assert command(*flags, "--out", tmp_path / "run") == 0
-    assert "perplexity" in metrics(tmp_path / "run")[-1]
+    result = metrics(tmp_path / "run")[-1]
+    assert command("--evaluate", tmp_path / "run", "--device", "cpu") == 0
+    again = f"{100 * result['test_merged']:.2f} %, perplexity {result['perplexity']:.3f}"
+    assert again in capsys.readouterr().out
 
 
 def test_generated_answers_are_scored_too(finished, flags):
