@@ -193,10 +193,8 @@ def load_questions(
     return Questions(train, val, test)
 
 
-def hold_out(
-    own: list[Question], held: list[Question] | None, shots: int | None, task: str
-) -> tuple[list[Question], list[Question]]:
-    """(validation, training) questions: a fifth and the rest, of `shots` or of all."""
+def hold_out(own: list, held: list | None, shots: int | None, task: str) -> tuple[list, list]:
+    """(validation, training) questions or conversations: a fifth and the rest, of shots or all."""
     own = [own[i] for i in shuffled(len(own))]
     if shots is None:
         val = len(held) if held else min(200, len(own) // 5)
@@ -207,14 +205,14 @@ def hold_out(
     held = held or own[train : train + val]
     if min(train, val) < 1 or train > len(own) or len(held) < val:
         raise ValueError(
-            f"{task} has {len(own)} training questions, too few for {train} to train on and "
+            f"{task} has {len(own)} training examples, too few for {train} to train on and "
             f"{val} to validate with; at least 5 are needed, and as many as --shots asks for"
         )
     return held[:val], own[:train]
 
 
-def drawn(own: list[Question], count: int | None) -> list[Question]:
-    """`count` of the questions, in their order; all where there are no more, or count is None."""
+def drawn(own: list, count: int | None) -> list:
+    """`count` of them, in their order; all where there are no more, or count is None."""
     return [own[i] for i in sorted(shuffled(len(own))[:count])]
 
 

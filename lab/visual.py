@@ -324,7 +324,8 @@ def load_folder(
 ) -> Questions:
     """train.json and test.json in LLaVA's own JSON, pictures named from the folder on.
 
-    Every answer of a conversation is an example, after all that was said before it [us].
+    Every answer of a conversation is an example, after all that was said before it [us]. So a
+    conversation is for training or for validation as a whole, and shots and test_shots count them.
     """
     paths: dict[Path, int] = {}
     read = {}
@@ -333,18 +334,17 @@ def load_folder(
         if not path.is_file():
             raise OSError(f"there is no file {path}; give a folder with train.json and test.json")
         read[split] = [
-            question
+            conversation(record, where, folder, count, paths)
             for where, record in read_records(path).items()
-            for question in conversation(record, where, folder, count, paths)
         ]
         if not read[split]:
             raise OSError(f"{path} holds no conversation")
     val, train = hold_out(read["train"], None, shots, str(folder))
     if count and not paths:
         raise OSError(f"no record in {folder} has an 'image'; give --blind to read the texts alone")
-    name, test = folder.resolve().name, drawn(read["test"], test_shots)
-    files = Files(paths, size) if paths else None
-    return Questions({name: train}, {name: val}, {name: test}, files)
+    name, splits = folder.resolve().name, (train, val, drawn(read["test"], test_shots))
+    asked = ({name: [q for said in split for q in said]} for split in splits)
+    return Questions(*asked, Files(paths, size) if paths else None)
 
 
 def conversation(

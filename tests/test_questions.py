@@ -447,7 +447,7 @@ def test_shots_are_the_labelled_questions_of_a_task_validation_among_them(files)
 
 @pytest.mark.parametrize("shots", [1, 4, 21])
 def test_shots_that_a_task_does_not_have_are_refused(shots, files):
-    with pytest.raises(ValueError, match="piqa has 20 training questions, too few"):
+    with pytest.raises(ValueError, match="piqa has 20 training examples, too few"):
         questions.load_questions(str(files), ["piqa"], shots=shots)
 
 

@@ -785,7 +785,7 @@ def test_weights_of_another_size_are_refused(changes, message, flags, weights, t
         ),
         (["--shots", "0"], 2, "above 0"),
         (["--shots", "3"], 2, "at least 5 are needed"),
-        (["--shots", "21"], 2, "boolq has 20 training questions"),
+        (["--shots", "21"], 2, "boolq has 20 training examples"),
         (["--lr", "nan"], 2, "--lr must be"),
         (["--rank", "0"], 2, "above 0"),
         (["--alpha", "0"], 2, "--alpha must be a number above 0"),

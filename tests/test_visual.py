@@ -243,6 +243,21 @@ def test_llavas_own_json_gives_an_example_per_answer(llavas, model):
     assert len(asked.train["own"]) + len(asked.val["own"]) == 12
 
 
+def test_a_conversation_is_not_trained_on_and_validated_with(llavas, model):
+    """Its first answer is read again by its second question."""
+    says = [conversation(f"What is {i}?", "red", "Really?", "yes") for i in range(10)]
+    pictured = conversation("<image> What?", "red", image="pictures/a.png")
+    (llavas / "train.json").write_text(json.dumps(says))
+    (llavas / "test.json").write_text(json.dumps([*says, pictured]))
+    args = settings(str(llavas), "own", shots=None, test_shots=3)
+    asked = visual.load(args, model)
+    assert [len(split["own"]) for split in (asked.train, asked.val)] == [16, 4]
+    first = [{q.prompt.partition("?")[0] for q in split["own"]} for split in asked[:3]]
+    assert first[0].isdisjoint(first[1]) and len(first[2]) == 3
+    few = visual.load(loop.changed(args, shots=5), model)
+    assert [len(split["own"]) for split in (few.train, few.val)] == [8, 2]
+
+
 @pytest.mark.parametrize(
     "record, named",
     [
@@ -270,7 +285,7 @@ def test_a_record_that_is_not_whole_is_named(record, named, llavas, model):
 def test_a_picture_belongs_to_what_is_said_from_it_on(llavas, weights, model, tmp_path):
     record = conversation("Hm?", "red", "<image> This?", "yes", "No?", "no", image="pictures/a.png")
     for split in ("train", "test"):
-        (llavas / f"{split}.json").write_text(json.dumps([record] * 3))
+        (llavas / f"{split}.json").write_text(json.dumps([record] * 5))
     asked = visual.load(settings(str(llavas), "own", shots=None, test_shots=3), model)
     own = [q for split in asked[:3] for q in split["own"]]
     assert {(q.output, q.picture) for q in own} == {(" red", None), (" yes", 0), (" no", 0)}
