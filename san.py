@@ -161,7 +161,7 @@ def merge(model: nn.Module) -> None:
     weight would not be finite.
     """
     model, layers = _adapted(model)
-    _look_at_parts(model, layers)
+    _look_again(model, layers)
     for name, layer in layers.items():  # all are checked before any is changed
         _require_mergeable(name, layer)
     for name, layer in layers.items():
@@ -786,10 +786,9 @@ def _look_at_first_forward(model: nn.Module, *_: Any) -> None:
         )
 
 
-def _look_at_parts(model: nn.Module, layers: dict[str, SANLayer]) -> None:
-    """The same of a model that was never called itself, but parts of it, as its `features`."""
-    uncalled = _look_at_first_forward in model._forward_hooks.values()
-    if uncalled and any(layer.used for layer in layers.values()):
+def _look_again(model: nn.Module, layers: dict[str, SANLayer]) -> None:
+    """The same at the end, if any layer ran: in a part of the model alone, or before a .half()."""
+    if any(layer.used for layer in layers.values()):
         _look_at_first_forward(model)
 
 
@@ -1072,7 +1071,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike) -> None:
 def adapter_of(model: nn.Module) -> dict[str, Any]:
     """What `save_adapter` writes. Of processes that share a model all call it, and one writes."""
     model, layers = _adapted(model)
-    _look_at_parts(model, layers)
+    _look_again(model, layers)
     different = _different(model)
     whole = {id(v): _whole(v.detach()).clone() for v in different.values()}  # what is tied, once
     values = {key: whole[id(v)] for key, v in different.items()}

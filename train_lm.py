@@ -136,9 +136,7 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     if args.score is None and (args.ask == "words" or not args.evaluate):
         args.score = "likelihood"
     if args.ask is None and (args.score == "generate" or not args.evaluate):
-        args.ask = "options" if args.score == "generate" else "words"
-    if worded:
-        args.ask = "options"
+        args.ask = "options" if worded or args.score == "generate" else "words"
     trained = (args.methods or METHODS) if args.compare else [args.method]
     if args.dtype != "float32" and {"linear", "full"} & {*trained}:
         p.error("linear and full train the weights themselves; give --dtype float32")

@@ -591,8 +591,7 @@ def reopen(
                 raise OSError(f"it is a run of {script}; give it to that")
         if lacking := settings(args).keys() - config.keys():
             raise OSError(f"config.json lacks {', '.join(sorted(lacking))}")
-        here = {key: getattr(args, key) for key in own}
-        here = {key: value for key, value in here.items() if value is not None}
+        here = {key: vars(args)[key] for key in own if vars(args)[key] is not None}
         config = changed(args, **config | here)
         path = folder / ("model.pt" if config.method == "full" else "merged.pt")
         content = saved.model(path, wanted)

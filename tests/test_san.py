@@ -984,3 +984,15 @@ def test_a_batchnorm_in_training_leaves_propagation_alone(training):
     after = {n: model[:n](x) for n in (3, 4)}
     assert torch.allclose(before[3], after[3], atol=1e-3) == training
     assert not torch.allclose(before[4], after[4], atol=1e-1)
+
+
+@pytest.mark.parametrize("end", [merge, lambda model: save_adapter(model, "adapter.pt")])
+def test_gamma_that_became_half_precision_after_a_forward_is_said_in_the_end(
+    end, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    model = mlp()
+    attach(model, LINKS)
+    model(torch.randn(3, 6, dtype=torch.float64))
+    with pytest.warns(UserWarning, match="γ has become torch.float16"):
+        end(model.half())
